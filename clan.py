@@ -1,0 +1,249 @@
+"""CLAN, the algorithm: hyper-parameters, schedules and the two steps (Section 3.3, Eq. 3 to 7).
+
+    loss, terms, predictions = g_step(G, D, batch, step, PAPER)   # then backward and step for G
+    loss, terms = d_step(D, predictions)                          # then backward and step for D
+
+The steps are pure: they compute losses and call no backward, optimizer, print or file. The loop
+that calls them is in train.py, the losses are in losses.py.
+
+Shapes: B images, C classes, H W label grid, h w feature grid of G.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from losses import adversarial_loss, discrepancy_map, segmentation_loss, weight_discrepancy
+
+Statistics = Literal["batch", "before", "running"]
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Every number of the algorithm. The defaults are the paper's; RELEASED lists what differs.
+
+    Where the paper is silent, the comment says whose choice the default is.
+    """
+
+    method: Literal["source", "tan", "clan"] = "clan"  # Eq. 3 alone | + Eq. 2 | Eq. 6, all of it
+    steps: int = 100_000  # iterations
+    batch: int = 1  # images of each domain in a step
+    adv_start: int = 0  # first step with adversarial terms; until then the source alone is learnt
+
+    seg_heads: Literal["ensemble", "each"] = "ensemble"  # Eq. 3 on softmax(p1 + p2) | a loss a head
+    gamma: float = 0.0  # focal exponent of Eq. 3 (0: cross-entropy)
+    lambda_weight: float = 0.01  # weight of Eq. 4 in Eq. 6
+    weight_offset: float = 0.0  # added to the cosine of Eq. 4; moves its value, not its gradient
+    weight_biases: bool = False  # Eq. 4 over the heads' biases too, not their filters alone
+    lambda_local: float = 40.0  # slope of the adaptive weight lambda_local * M + eps, Eq. 5
+    eps: float = 0.4  # floor of the adaptive weight, Eq. 5
+    adaptive_start: float = 0.0  # share of the adversarial steps that use Eq. 2 before Eq. 5
+    detach_m: bool = False  # stop the gradient through M in G's loss (paper: not said; code: flows)
+    lambda_adv: float = 0.001  # weight of Eq. 5 in Eq. 6
+    damping: bool = False  # scale Eq. 4 and 5 in G's loss by (1 - step / steps)
+    minimax: bool = False  # G ascends Eq. 5 as printed; else descends -log D(target), as [41]
+
+    lr_g: float = 2.5e-4  # SGD, initial rate
+    momentum: float = 0.9  # SGD
+    weight_decay_g: float = 5e-4  # SGD, biases too
+    head_lr: float = 10.0  # rate of the heads over that of E (paper: not said; DeepLab's 10)
+    power: float = 0.9  # of the poly schedule
+    warmup: float = 0.0  # share of the steps with a linear rise of the rates
+    lr_d: float = 5e-5  # Adam, initial rate
+    d_schedule: Literal["fixed", "poly"] = "fixed"  # of D's rate
+    beta1_d: float = 0.9  # Adam
+    beta2_d: float = 0.99  # Adam
+    weight_decay_d: float = 5e-4  # Adam
+
+    batchnorm: Statistics = "batch"  # of the batch | before adv_start | never: the running ones
+    bn_affine: bool = False  # train BatchNorm's scale and shift (paper: not said; the code: no)
+    crop: bool = True  # train on random crops of the data set's crop size, not on whole images
+    scales: tuple[float, ...] = (1.0,)  # random sizes of the image, relative to the data set's
+    scale_probs: tuple[float, ...] = (1.0,)  # how often each scale is drawn
+    mirror: float = 0.0  # how often image and label are mirrored (paper: not said)
+    jitter: float = 0.0  # colour jitter of the source: largest change of gain and offset (ours)
+
+    def __post_init__(self):
+        def require(condition: bool, sentence: str) -> None:
+            if not condition:
+                raise ValueError(sentence)
+
+        require(self.steps >= 1 and self.batch >= 1, "steps and batch must be at least 1")
+        require(
+            self.method == "source" or 0 <= self.adv_start < self.steps,
+            f"adv_start {self.adv_start} must lie in [0, steps = {self.steps}) for method "
+            f"{self.method}: no step would be adversarial; use method source for that",
+        )
+        require(
+            len(self.scales) == len(self.scale_probs)
+            and min(self.scales) > 0
+            and min(self.scale_probs) >= 0
+            and abs(sum(self.scale_probs) - 1) < 1e-6,
+            f"scales {self.scales} need as many scale_probs, of sum 1, not {self.scale_probs}",
+        )
+        for name in ("adaptive_start", "warmup", "mirror", "jitter"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1]")
+        for name in ("lr_g", "lr_d", "weight_decay_g", "weight_decay_d", "lambda_adv", "eps"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative")
+
+
+PAPER = Hyper()
+RELEASED = Hyper(
+    seg_heads="each",
+    gamma=2.0,
+    lambda_weight=0.02,  # 0.01 times a factor of 2 in the loop
+    weight_offset=1.0,
+    weight_biases=True,
+    adaptive_start=0.05,
+    damping=True,
+    warmup=0.05,
+    lr_d=1e-4,
+    d_schedule="poly",
+    weight_decay_d=0.0,
+    crop=False,
+    scales=(0.8, 1.0, 1.1),
+    scale_probs=(0.3, 0.4, 0.3),
+    mirror=0.5,
+)
+RECIPES = {"paper": PAPER, "released": RELEASED}
+
+
+# The schedules: pure functions of the step, counted from 0.
+
+
+def poly(step: int, hyper: Hyper) -> float:
+    """The factor of a learning rate: linear rise over `warmup`, else (1 - step / steps)^power."""
+    if step < hyper.warmup * hyper.steps:
+        return step / (hyper.warmup * hyper.steps)  # ends at 1, then joins the poly curve below it
+    return (1 - step / hyper.steps) ** hyper.power
+
+
+def learning_rates(step: int, hyper: Hyper) -> tuple[float, float]:
+    """The rates of G (its heads learn `head_lr` times as fast) and of D at this step."""
+    d_factor = poly(step, hyper) if hyper.d_schedule == "poly" else 1.0
+    return hyper.lr_g * poly(step, hyper), hyper.lr_d * d_factor
+
+
+def progress(step: int, hyper: Hyper) -> float:
+    """The share of the adversarial steps that lies behind: 0 at adv_start, 1 at the end."""
+    return max(step - hyper.adv_start, 0) / max(hyper.steps - hyper.adv_start, 1)
+
+
+def is_adversarial(step: int, hyper: Hyper) -> bool:
+    """Whether D takes part in this step."""
+    return hyper.method != "source" and step >= hyper.adv_start
+
+
+def is_adaptive(step: int, hyper: Hyper) -> bool:
+    """Whether the adversarial loss of this step is Eq. 5; else it is Eq. 2."""
+    return hyper.method == "clan" and progress(step, hyper) >= hyper.adaptive_start
+
+
+def uses_batch_statistics(step: int, hyper: Hyper) -> bool:
+    """Whether BatchNorm normalises with the statistics of the batch in this step."""
+    if hyper.batchnorm == "before":
+        return not is_adversarial(step, hyper)
+    return hyper.batchnorm == "batch"
+
+
+# The steps.
+
+
+class Batch(NamedTuple):
+    """What one step learns from. `target_size` is the grid of the target's loss, as the label's is
+    of the source's: a randomly scaled image is judged at the data set's own size (released code).
+    """
+
+    source: torch.Tensor  # B 3 H' W' images
+    labels: torch.Tensor  # B H W int64, train ids of the source
+    target: torch.Tensor | None  # B 3 H' W' images, no labels
+    target_size: tuple[int, int] | None  # H W
+
+
+class Predictions(NamedTuple):
+    """What G's step leaves to D's: detached, so that D's step cannot reach G."""
+
+    source: torch.Tensor  # B C H W, the ensemble p on the source
+    target: torch.Tensor  # B C H W, the ensemble p on the target
+    weight: torch.Tensor | None  # B 1 H W, lambda_local * M + eps; None for Eq. 2
+
+
+def upsample(x: torch.Tensor, size) -> torch.Tensor:
+    """B C h w to B C H W, bilinear, in float32 at least: autocast ends where the losses begin."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def domain_logits(D, p: torch.Tensor) -> torch.Tensor:
+    """D's answer for each pixel: B C H W probabilities to B 1 H W logits of "source"."""
+    return upsample(D(p), p.shape[-2:])
+
+
+def without_gradient(module: torch.nn.Module):
+    """The module as a function whose input receives a gradient but whose parameters do not."""
+    constants = {name: p.detach() for name, p in module.named_parameters()}
+    return lambda x: torch.func.functional_call(module, constants, (x,))
+
+
+def g_step(G, D, batch: Batch, step: int, hyper: Hyper):
+    """The loss of G at this step: Eq. 6, or its first term(s) by `hyper.method`.
+
+    G: images to (logits_1, logits_2), each B C h w. D: B C H W to B 1 h w. D gets no gradient.
+    Returns (loss, terms, predictions): a scalar; a dict of detached scalars (the unweighted losses
+    `seg`, `weight`, `adv` and the mean of the map, `m`); Predictions, or None before adv_start.
+    """
+    strength = 1 - progress(step, hyper) if hyper.damping else 1.0
+    logits_1, logits_2 = (upsample(x, batch.labels.shape[-2:]) for x in G(batch.source))
+    heads = [logits_1 + logits_2] if hyper.seg_heads == "ensemble" else [logits_1, logits_2]
+    loss = sum(segmentation_loss(x, batch.labels, gamma=hyper.gamma) for x in heads)  # Eq. 3
+    terms = {"seg": loss.detach()}
+
+    if hyper.method == "clan":
+        l_weight = weight_discrepancy(*G.classifier_weights(hyper.weight_biases))  # Eq. 4
+        l_weight = l_weight + hyper.weight_offset
+        loss = loss + hyper.lambda_weight * strength * l_weight
+        terms["weight"] = l_weight.detach()
+    if not is_adversarial(step, hyper):
+        return loss, terms, None
+
+    p_source = (logits_1 + logits_2).softmax(dim=1)  # B C H W
+    logits_1, logits_2 = (upsample(x, batch.target_size) for x in G(batch.target))
+    p_target = (logits_1 + logits_2).softmax(dim=1)  # B C H W
+    weight = None  # Eq. 2: every pixel alike
+    if hyper.method == "clan":
+        m = discrepancy_map(logits_1.softmax(dim=1), logits_2.softmax(dim=1))  # B 1 H W
+        terms["m"] = m.detach().mean()
+        if is_adaptive(step, hyper):
+            weight = hyper.lambda_local * (m.detach() if hyper.detach_m else m) + hyper.eps  # Eq. 5
+
+    fixed_D = without_gradient(D)
+    d_target = domain_logits(fixed_D, p_target)
+    if hyper.minimax:  # Eq. 7 to the letter: G maximises what D minimises
+        l_adv = -adversarial_loss(domain_logits(fixed_D, p_source), is_source=True)
+        l_adv = l_adv - adversarial_loss(d_target, is_source=False, weight=weight)
+    else:  # G makes the target look like the source to D
+        l_adv = adversarial_loss(d_target, is_source=True, weight=weight)
+    terms["adv"] = l_adv.detach()
+    loss = loss + hyper.lambda_adv * strength * l_adv  # Eq. 6
+    weight = None if weight is None else weight.detach()
+    return loss, terms, Predictions(p_source.detach(), p_target.detach(), weight)
+
+
+def d_step(D, predictions: Predictions):
+    """The loss of D: Eq. 5, or Eq. 2 where `predictions` carry no weight.
+
+    lambda_adv is left out: D has this one term, and Adam does not see its scale (released code).
+
+    Returns (loss, terms): a scalar, and a dict of detached scalars: the loss `d` and D's mean
+    probability of "source" on either domain, `d_source` and `d_target` (0.5 when G has won).
+    """
+    d_source = domain_logits(D, predictions.source)
+    d_target = domain_logits(D, predictions.target)
+    loss = adversarial_loss(d_source, is_source=True)
+    loss = loss + adversarial_loss(d_target, is_source=False, weight=predictions.weight)
+    says_source = (x.detach().sigmoid().mean() for x in (d_source, d_target))
+    return loss, dict(
+        zip(("d", "d_source", "d_target"), (loss.detach(), *says_source), strict=True)
+    )

@@ -1,0 +1,534 @@
+"""Data sets as they are on disk, turned into training batches and evaluation pairs (Section 4.1).
+
+    source = open_dataset("gta5", "source", "train", Path("data/GTA5"))
+    target = open_dataset("cityscapes", "target", "train", Path("data/Cityscapes"))
+    batch = batch_at(step, source, target, PAPER, seed=0)     # a pure function of (seed, step)
+
+    python data.py gta5 --data data        # read every file and report all that is wrong with them
+
+Images are uint8 RGB, labels uint8 train ids with 255 = unlabelled. Shapes: B images, H W pixels.
+Whatever is wrong with a file is a ValueError of one sentence that names file and remedy.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import streets
+import torch
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from clan import Batch, Hyper, is_adversarial
+
+# The 19 classes that Cityscapes scores, in the order of their train ids, and their colours.
+CLASSES = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
+    *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train"),
+    *("motorcycle", "bicycle"),
+)
+PALETTE = np.array(
+    [
+        *([128, 64, 128], [244, 35, 232], [70, 70, 70], [102, 102, 156], [190, 153, 153]),
+        *([153, 153, 153], [250, 170, 30], [220, 220, 0], [107, 142, 35], [152, 251, 152]),
+        *([70, 130, 180], [220, 20, 60], [255, 0, 0], [0, 0, 142], [0, 0, 70], [0, 60, 100]),
+        *([0, 80, 100], [0, 0, 230], [119, 11, 32]),
+    ],
+    dtype=np.uint8,
+)
+IGNORE = 255
+UNKNOWN = 254  # marks ids that a data set's labels must not contain
+SUFFIXES = (".png", ".jpg", ".jpeg")  # photographs of a folder
+
+
+def _table(known_ids, train_ids: dict[int, int]) -> np.ndarray:
+    """256 entries, id on disk to train id: IGNORE for the other known ids, UNKNOWN for the rest."""
+    table = np.full(256, UNKNOWN, np.uint8)
+    table[list(known_ids)] = IGNORE
+    for label_id, train_id in train_ids.items():
+        table[label_id] = train_id
+    return table
+
+
+_LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_CITYSCAPES = {label_id: train_id for train_id, label_id in enumerate(_LABEL_IDS)}
+_SYNTHIA = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11}
+_SYNTHIA |= {17: 12, 8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18}
+TRAIN_IDS = {
+    "gta5": _table((*range(35), 255), _CITYSCAPES),  # 34 and 255: the license plate, -1
+    "cityscapes": _table((*range(35), 255), _CITYSCAPES),
+    "synthia": _table(range(23), _SYNTHIA),
+}
+LABEL_IDS = np.array(
+    _LABEL_IDS, np.uint8
+)  # train id to Cityscapes labelId, for the official scorer
+
+SYNTHIA_ABSENT = ("terrain", "truck", "train")  # classes that SYNTHIA's labels never show
+SYNTHIA_13 = tuple(c for c in CLASSES if c not in ("wall", "fence", "pole", *SYNTHIA_ABSENT))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One split of one data set: what it holds, not yet read."""
+
+    name: str
+    classes: tuple[str, ...]  # names by train id
+    labelled: tuple[str, ...]  # those that its labels can show
+    size: tuple[int, int]  # H W that its images are resized to
+    crop: tuple[int, int]  # H W of a training crop, for recipes that crop
+    items: tuple  # (image path, label path | None), or (index, domain) of streets
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+# Reading files.
+
+
+def _open(path: Path) -> Image.Image:
+    """The decoded image. Pillow reports damage in several ways; here it is one."""
+    try:
+        image = Image.open(path)
+        if image.mode == "RGB" and "RGB;16B" in str(image.tile):
+            # Pillow would keep the high byte of 16-bit RGB; SYNTHIA's class is in the low one.
+            image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+            image.info["bits"] = 16
+        image.load()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: restore the file or the link to it") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): replace this file") from error
+    return image
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A photograph as H W 3 uint8 RGB. Raises ValueError for a file that does not hold one."""
+    image = _open(path)
+    if image.mode not in ("RGB", "RGBA", "L", "P", "CMYK") or image.info.get("bits") == 16:
+        raise ValueError(f"{path} has pixels of mode {image.mode}: convert it to 8-bit RGB")
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_label(path: Path, dataset: str) -> np.ndarray:
+    """A label of `gta5`, `synthia` or `cityscapes` as H W uint8 train ids, 255 = unlabelled.
+
+    Raises ValueError for a damaged file, a file of another format and an id outside the map.
+    """
+    image = _open(path)
+    if dataset == "synthia":
+        if image.info.get("bits") != 16:
+            raise ValueError(
+                f"{path} is not a 16-bit RGB PNG but a converted copy (mode {image.mode}), which "
+                "would be mapped twice: use the original files of GT/LABELS"
+            )
+        return _train_ids(np.asarray(image)[..., 0], TRAIN_IDS[dataset], path)
+    return _train_ids(_indices(image, path), TRAIN_IDS[dataset], path)
+
+
+def _indices(image: Image.Image, path: Path) -> np.ndarray:
+    if image.mode not in ("L", "P"):
+        raise ValueError(
+            f"{path} has pixels of mode {image.mode}, but a label is a grey or palette PNG of "
+            "class indices: use the label file itself, not its colour picture"
+        )
+    return np.asarray(image)  # of a palette image too: its indices, not its colours
+
+
+def _train_ids(ids: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
+    label = table[ids]
+    if (label == UNKNOWN).any():
+        raise ValueError(
+            f"{path} holds the id {ids[label == UNKNOWN][0]}, which its data set does not define: "
+            "check that this is the right label file (or add the id to `ignore` in classes.json)"
+        )
+    return label
+
+
+# Finding files.
+
+
+def open_dataset(
+    name: str, role: str, split: str, folder: Path | None = None, size=None, labels=True
+) -> DataSet:
+    """The images of one split, found but not read.
+
+    name: gta5, synthia, cityscapes, streets or folder. role: "source" or "target" (streets draws
+    its game or its city accordingly). split: train, val or, for Cityscapes, test. folder: the data
+    set's own folder. size: H W to resize to instead of the data set's own. labels: whether label
+    files must be there; a training target needs none.
+    """
+    if name not in OPENERS:
+        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(OPENERS)}")
+    if name != "streets" and not (folder and Path(folder).is_dir()):
+        raise ValueError(f"the folder {folder} of the data set {name} is missing: {LAYOUTS[name]}")
+    return OPENERS[name](folder and Path(folder), role, split, size and tuple(size), labels)
+
+
+LAYOUTS = {
+    "gta5": "put images/ and labels/ into GTA5/ under --data, or name their folder by --src-dir",
+    "synthia": "put RGB/ and GT/LABELS/ into SYNTHIA/RAND_CITYSCAPES/ under --data, or name "
+    "their folder by --src-dir",
+    "cityscapes": "put leftImg8bit/ and gtFine/ into Cityscapes/ under --data, or name their "
+    "folder by --tgt-dir",
+    "folder": "name by --src-dir or --tgt-dir a folder with images/, labels/ and classes.json",
+}
+
+
+def _pairs(images: list[Path], label_of, labels: bool, where: Path, layout: str) -> tuple:
+    """Sorted (image, label) paths; every missing label is reported at once."""
+    if not images:
+        raise ValueError(f"no image in {where}: {layout}")
+    pairs = tuple((image, label_of(image) if labels else None) for image in sorted(images))
+    missing = [str(label) for _, label in pairs if labels and not label.is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(pairs)} images in {where} have no label, the first is "
+            f"{missing[0]}: {layout}"
+        )
+    return pairs
+
+
+def _only_train(name: str, split: str) -> None:
+    if split != "train":
+        raise ValueError(f"{name} has no split {split!r}: it is one pool of images, use train")
+
+
+def _open_gta5(folder, role, split, size, labels) -> DataSet:
+    _only_train("gta5", split)
+    images = list((folder / "images").glob("*.png"))
+    pairs = _pairs(
+        images, lambda p: folder / "labels" / p.name, labels, folder / "images", LAYOUTS["gta5"]
+    )
+    return DataSet("gta5", CLASSES, CLASSES, size or (720, 1280), (512, 1024), pairs)
+
+
+def _open_synthia(folder, role, split, size, labels) -> DataSet:
+    _only_train("synthia", split)
+    images, where = list((folder / "RGB").glob("*.png")), folder / "GT" / "LABELS"
+    pairs = _pairs(images, lambda p: where / p.name, labels, folder / "RGB", LAYOUTS["synthia"])
+    labelled = tuple(c for c in CLASSES if c not in SYNTHIA_ABSENT)
+    return DataSet("synthia", CLASSES, labelled, size or (760, 1280), (512, 1024), pairs)
+
+
+def _open_cityscapes(folder, role, split, size, labels) -> DataSet:
+    where = folder / "leftImg8bit" / split
+
+    def label_of(image: Path) -> Path:
+        stem = image.name.removesuffix("_leftImg8bit.png")
+        return folder / "gtFine" / split / image.parent.name / f"{stem}_gtFine_labelIds.png"
+
+    images = list(where.glob("*/*_leftImg8bit.png"))
+    pairs = _pairs(images, label_of, labels, where, LAYOUTS["cityscapes"])
+    return DataSet("cityscapes", CLASSES, CLASSES, size or (512, 1024), (512, 1024), pairs)
+
+
+# Scenes of streets by domain and split: the first index and how many. Splits share no scene.
+STREETS = {
+    ("game", "train"): (0, 1500),
+    ("game", "val"): (100_000, 250),
+    ("city", "train"): (0, 1000),
+    ("city", "val"): (100_000, 250),
+}
+
+
+def _open_streets(folder, role, split, size, labels) -> DataSet:
+    domain = {"source": "game", "target": "city"}[role]
+    if (domain, split) not in STREETS:
+        raise ValueError(f"streets has no split {split!r}: use train or val")
+    first, count = STREETS[domain, split]
+    items = tuple((index, domain) for index in range(first, first + count))
+    size = size or (64, 128)
+    return DataSet("streets", CLASSES, CLASSES, size, size, items)
+
+
+FOLDER_SHORT_SIDE = 144  # what a laptop trains in minutes; --tgt-size or --src-size asks for more
+
+
+def _open_folder(folder, role, split, size, labels) -> DataSet:
+    names, _ = read_classes(folder / "classes.json")
+    where = folder / "images" / split
+    found = where.rglob("*")
+    images = [p for p in found if p.suffix.lower() in SUFFIXES and p.is_file()]
+
+    def label_of(image: Path) -> Path:
+        return (folder / "labels" / split / image.relative_to(where)).with_suffix(".png")
+
+    pairs = _pairs(images, label_of, labels, where, LAYOUTS["folder"])
+    if size is None:  # the aspect of the first image
+        height, width = read_image(pairs[0][0]).shape[:2]
+        scale = FOLDER_SHORT_SIDE / min(height, width)
+        size = (8 * round(height * scale / 8), 8 * round(width * scale / 8))
+    return DataSet("folder", names, names, size, size, pairs)
+
+
+OPENERS = {
+    "gta5": _open_gta5,
+    "synthia": _open_synthia,
+    "cityscapes": _open_cityscapes,
+    "streets": _open_streets,
+    "folder": _open_folder,
+}
+
+
+@lru_cache
+def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """classes.json of a folder: names by label id, and the table from label id to train id.
+
+    {"names": ["sky", ...], "ignore": [11]}: id i is names[i]; the ids of `ignore` are unlabelled.
+    Names that Cityscapes has too are what lets two data sets meet.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names, ignore = content["names"], content.get("ignore", [])
+        if not (names and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)):
+            raise ValueError("names must be different strings, at least one")
+        if not all(isinstance(i, int) and len(names) <= i <= 255 for i in ignore):
+            raise ValueError("ignore must list ids behind those of the names, up to 255")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a class list ({error}): write "
+            '{"names": ["road", ...], "ignore": [255]}'
+        ) from error
+    return tuple(names), _table(ignore, {i: i for i in range(len(names))})
+
+
+# Reading samples.
+
+
+@lru_cache(maxsize=4096)  # every scene of the default run is drawn once
+def _street(index: int, domain: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    return streets.render(index, domain, size=size)
+
+
+def image_name(dataset: DataSet, i: int) -> str:
+    """What to call image i in messages and file names."""
+    first, second = dataset.items[i]
+    return f"{second}_{first:06d}" if dataset.name == "streets" else str(first)
+
+
+def image_at(dataset: DataSet, i: int) -> np.ndarray:
+    """Image i at its own size, H W 3 uint8 RGB."""
+    if dataset.name == "streets":
+        return _street(*dataset.items[i], dataset.size)[0]
+    return read_image(dataset.items[i][0])
+
+
+def label_at(dataset: DataSet, i: int) -> np.ndarray:
+    """Label i at its own size, H W uint8 train ids of `dataset.classes`, 255 = unlabelled."""
+    if dataset.name == "streets":
+        return _street(*dataset.items[i], dataset.size)[1]
+    image, path = dataset.items[i]
+    if dataset.name != "folder":
+        return read_label(path, dataset.name)
+    root = next(p for p in image.parents if (p / "classes.json").is_file())
+    return _train_ids(_indices(_open(path), path), read_classes(root / "classes.json")[1], path)
+
+
+def check_pair(dataset: DataSet, i: int, image: np.ndarray, label: np.ndarray) -> None:
+    """Raises ValueError where image and label cannot be of one scene.
+
+    GTA5 as published has a few pairs that differ by some pixels; both are resized to one grid.
+    """
+    a, b = np.array(image.shape[:2]), np.array(label.shape)
+    allowed = 0.02 if dataset.name == "gta5" else 0.0
+    if (np.abs(a / b - 1) > allowed).any():
+        raise ValueError(
+            f"{dataset.items[i][1]} is {b[1]}x{b[0]} but its image is {a[1]}x{a[0]}: "
+            "restore the label that belongs to the image"
+        )
+
+
+def resize(pixels: np.ndarray, size, box=None) -> np.ndarray:
+    """H W 3 images bicubic (antialiased), H W labels nearest, to size H W; box: y0 x0 y1 x1."""
+    if pixels.shape[:2] == tuple(size) and box is None:
+        return pixels
+    how = Image.Resampling.BICUBIC if pixels.ndim == 3 else Image.Resampling.NEAREST
+    box = box and (box[1], box[0], box[3], box[2])
+    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), how, box=box))
+
+
+# Batches. A sample is a pure function of (seed, step): workers, order and resuming do not matter.
+
+
+@lru_cache(maxsize=8)
+def _order(length: int, seed: int, domain: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, domain, epoch]).permutation(length)
+
+
+def sample_index(n: int, length: int, seed: int, domain: int) -> int:
+    """Which image the n-th sample of a domain is: every epoch a new order, no image left out."""
+    return int(_order(length, seed, domain, n // length)[n % length])
+
+
+def _augment(pixels, size, scale, box, mirror):
+    """Crop `box` (in units of `size`), resize to scale times its size, mirror."""
+    y0, x0, y1, x1 = box
+    ratio_y, ratio_x = pixels.shape[0] / size[0], pixels.shape[1] / size[1]
+    box_here = (y0 * ratio_y, x0 * ratio_x, y1 * ratio_y, x1 * ratio_x)
+    to = (round((y1 - y0) * scale), round((x1 - x0) * scale))
+    whole = box == (0, 0, *size)
+    pixels = resize(pixels, to, None if whole else box_here)
+    return pixels[:, ::-1] if mirror else pixels
+
+
+def _jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Another gain and offset for each colour, up to `strength` of the range."""
+    gain, offset = rng.uniform(-strength, strength, (2, 3))
+    return np.clip(image * (1 + gain) + 255 * offset, 0, 255).astype(np.uint8)
+
+
+def _domain_batch(step, dataset, domain, hyper: Hyper, seed, rank, world, labels: bool):
+    """Images (and labels) of one domain for one step; one scale, so that they can be stacked."""
+    rng = np.random.default_rng([seed, domain, step, rank])
+    scale = rng.choice(hyper.scales, p=hyper.scale_probs)
+    size, (ch, cw) = dataset.size, dataset.crop if hyper.crop else dataset.size
+    images, targets = [], []
+    for slot in range(hyper.batch):
+        n = (step * world + rank) * hyper.batch + slot
+        i = sample_index(n, len(dataset), seed, domain)
+        y, x = (int(rng.integers(0, s - c + 1)) for s, c in zip(size, (ch, cw), strict=True))
+        place = (size, scale, (y, x, y + ch, x + cw), rng.random() < hyper.mirror)
+        image = image_at(dataset, i)
+        images.append(_augment(image, *place))
+        if labels:
+            label = label_at(dataset, i)
+            check_pair(dataset, i, image, label)
+            size, _, box, mirror = place
+            targets.append(_augment(label, size, 1.0, box, mirror))
+            if hyper.jitter:
+                images[-1] = _jitter(images[-1], hyper.jitter, rng)
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # B 3 H' W', channels last
+    return stacked, torch.from_numpy(np.stack(targets)) if labels else None, (ch, cw)
+
+
+def batch_at(
+    step: int, source: DataSet, target: DataSet | None, hyper: Hyper, *, seed=0, rank=0, world=1
+) -> Batch:
+    """The batch of one step: uint8 images of both, uint8 labels of the source alone.
+
+    target None: a step on the source alone.
+    rank and world: which of how many processes asks; their samples are disjoint.
+    """
+    images, labels, _ = _domain_batch(step, source, 0, hyper, seed, rank, world, labels=True)
+    if target is None:
+        return Batch(images, labels, None, None)
+    t_images, _, t_size = _domain_batch(step, target, 1, hyper, seed, rank, world, labels=False)
+    return Batch(images, labels, t_images, t_size)
+
+
+class Steps(torch.utils.data.Dataset):
+    """The batches of a run by step, for a DataLoader with batch_size=None."""
+
+    def __init__(self, source, target, hyper: Hyper, *, seed: int, rank: int = 0, world: int = 1):
+        self.source, self.target, self.hyper = source, target, hyper
+        self.place = {"seed": seed, "rank": rank, "world": world}
+
+    def __len__(self) -> int:
+        return self.hyper.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        target = self.target if is_adversarial(step, self.hyper) else None
+        return batch_at(step, self.source, target, self.hyper, **self.place)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """A split for evaluation: (index, image 3 H W resized, label H' W' at its own size)."""
+
+    def __init__(self, dataset: DataSet):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int):
+        image, label = image_at(self.dataset, i), label_at(self.dataset, i)
+        check_pair(self.dataset, i, image, label)
+        resized = np.ascontiguousarray(resize(image, self.dataset.size))
+        return i, torch.from_numpy(resized).permute(2, 0, 1), torch.from_numpy(label.copy())
+
+
+# Class spaces meet by name.
+
+
+def shared_classes(source: DataSet, target: DataSet) -> tuple[np.ndarray, tuple, tuple]:
+    """How a network of the source's classes is scored on the target's labels.
+
+    Returns (table, scored, left_out): the uint8 table from the target's train ids to the source's
+    (255 where the source lacks the class), the names both have, in the source's order, and the
+    names that only one side has.
+    """
+    scored = tuple(c for c in source.classes if c in source.labelled and c in target.labelled)
+    if not scored:
+        raise ValueError(
+            f"{source.name} and {target.name} share no class name: name the classes of "
+            f"classes.json as Cityscapes does ({', '.join(CLASSES)})"
+        )
+    table = np.full(256, IGNORE, np.uint8)
+    for i, name in enumerate(target.classes):
+        if name in scored:
+            table[i] = source.classes.index(name)
+    every = dict.fromkeys((*source.labelled, *target.labelled))
+    return table, scored, tuple(c for c in every if c not in scored)
+
+
+# Checking a data set.
+
+
+def check(dataset: DataSet, console: Console) -> list[str]:
+    """Read every file; print what is wrong and the class frequencies; return the sentences."""
+    wrong, notes = [], []
+    pixels, seen = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    for i in track(range(len(dataset)), f"reading {dataset.name}", console=console):
+        try:
+            image, label = image_at(dataset, i), label_at(dataset, i)
+            check_pair(dataset, i, image, label)
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        if image.shape[:2] != label.shape:
+            notes.append(f"{image_name(dataset, i)} and its label differ in size by some pixels")
+        if image.min() == image.max():
+            notes.append(f"{image_name(dataset, i)} is blank")
+        counts = np.bincount(label.ravel(), minlength=256)
+        pixels, seen = pixels + counts, seen + (counts > 0)
+    table = Table("class", "% of pixels", "% of images", title=f"{dataset.name}: {len(dataset)}")
+    for i, name in (*enumerate(dataset.classes), (IGNORE, "unlabelled")):
+        shares = 100 * pixels[i] / max(pixels.sum(), 1), 100 * seen[i] / len(dataset)
+        table.add_row(name, *(f"{share:.2f}" for share in shares))
+    console.print(table)
+    for sentence in (*(f"note: {n}" for n in notes), *wrong):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{len(wrong)} of {len(dataset)} pairs are wrong, {len(notes)} notes")
+    return wrong
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Check every file of a data set.")
+    parser.add_argument("dataset", choices=OPENERS)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data sets")
+    parser.add_argument("--dir", type=Path, help="the data set's own folder, instead of --data")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--role", choices=("source", "target"), default="source", help="of streets")
+    args = parser.parse_args(argv)
+    try:
+        folder = args.dir or default_folder(args.dataset, args.data)
+        dataset = open_dataset(args.dataset, args.role, args.split, folder)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    return 1 if check(dataset, Console()) else 0
+
+
+def default_folder(name: str, data: Path) -> Path | None:
+    """Where a data set lies under the folder of data sets; None where it has no such place."""
+    inside = {"gta5": "GTA5", "synthia": "SYNTHIA/RAND_CITYSCAPES", "cityscapes": "Cityscapes"}
+    return data / inside[name] if name in inside else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

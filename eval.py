@@ -1,0 +1,395 @@
+"""Evaluation: confusion matrix, IoU, the table beside the paper's, pictures (Tables 1 and 2).
+
+    confusion = confusion_matrix(pred, label, 19)          # int64, 19 x 19
+    miou = iou(confusion).nanmean()
+
+    python eval.py runs/streets-streets-tiny-clan-seed0    # a run folder or a checkpoint
+    python eval.py GTA5_100000.pth --src gta5 --tgt cityscapes --data data --save-predictions out
+    python eval.py predict RUN --images photos/ --out masks/
+
+Shapes: B images, C classes, H W pixels. The last checkpoint of a run is its result.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+
+import data
+from models import Generator, load_weights
+
+
+def confusion_matrix(
+    pred: torch.Tensor, label: torch.Tensor, num_classes: int, *, total: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How many pixels of class i (row) were called j (column).
+
+    pred, label: integers of equal shape on one device; pred in 0 to num_classes - 1; a label
+    outside that range (255) is unlabelled and not counted. total: a matrix to add to.
+    Returns int64, num_classes x num_classes. Raises ValueError if the shapes differ.
+    """
+    if pred.shape != label.shape:
+        raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
+    label = label.long()
+    counted = (label >= 0) & (label < num_classes)
+    # The pixels that do not count go to one bin more, so that no size depends on the data.
+    bins = torch.where(counted, label * num_classes + pred, num_classes**2)
+    counts = torch.bincount(bins.flatten(), minlength=num_classes**2 + 1)[:-1]
+    counts = counts.view(num_classes, num_classes)
+    return counts if total is None else total + counts
+
+
+def iou(confusion: torch.Tensor) -> torch.Tensor:
+    """Intersection over union by class, float64 C in [0, 1]; NaN for a class in neither."""
+    hit = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return hit / union  # 0 / 0 is NaN
+
+
+# Running a network over a split.
+
+
+@torch.no_grad()
+def predict(G, images: torch.Tensor, sizes, amp: bool = False) -> list[torch.Tensor]:
+    """Train ids (uint8 H W) of B 3 h w uint8 images, each at its own full size of `sizes`.
+
+    The logits are up-sampled before the argmax (Section 4.2), image by image to bound the memory.
+    """
+    G.eval()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        logits_1, logits_2 = G(images)
+    logits = logits_1.float() + logits_2.float()  # B C h w
+    up = (
+        F.interpolate(one[None], size=tuple(size), mode="bilinear", align_corners=True)
+        for one, size in zip(logits, sizes, strict=True)
+    )
+    return [x[0].argmax(dim=0).to(torch.uint8) for x in up]
+
+
+def evaluate(
+    G, dataset: data.DataSet, table: np.ndarray, *, device="cpu", amp=False, workers=0, save=None
+) -> torch.Tensor:
+    """The confusion matrix (C x C, on the CPU) of G over a split.
+
+    table: uint8, from the split's train ids to G's classes (data.shared_classes). save: called
+    with (index, prediction H W uint8) for each image. Leaves G in evaluation mode.
+    """
+    to_source = torch.from_numpy(table).to(device)
+    confusion = torch.zeros(G.num_classes, G.num_classes, dtype=torch.int64, device=device)
+    batch = 16 if dataset.size[0] * dataset.size[1] <= 256 * 512 else 1
+    loader = torch.utils.data.DataLoader(
+        data.Pairs(dataset), batch_size=batch, num_workers=workers, collate_fn=list
+    )
+    for pairs in loader:
+        indices, images, labels = zip(*pairs, strict=True)
+        images = torch.stack(images).to(device)
+        for i, pred, label in zip(
+            indices, predict(G, images, [x.shape for x in labels], amp), labels, strict=True
+        ):
+            label = to_source[label.to(device).int()]
+            confusion = confusion_matrix(pred, label, G.num_classes, total=confusion)
+            if save:
+                save(i, pred.cpu().numpy())
+    return confusion.cpu()
+
+
+def scores(confusion: torch.Tensor, classes, scored) -> dict:
+    """{"miou", "iou" by name} over the scored classes. A class in neither counts in no mean."""
+    by_name = dict(zip(classes, iou(confusion).tolist(), strict=True))
+    by_name = {name: by_name[name] for name in scored}
+    return {"miou": float(np.nanmean(list(by_name.values()))), "iou": by_name}
+
+
+# Runs and checkpoints.
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The file itself, or the last checkpoint of a run folder."""
+    if path.is_file():
+        return path
+    found = sorted(path.glob("step_*.safetensors"))
+    if not found:
+        raise ValueError(f"{path} holds no checkpoint: name a run folder of train.py or a file")
+    return found[-1]
+
+
+def read_metadata(path: Path) -> dict:
+    """What train.py wrote into a checkpoint beside the tensors, {} for weights of other origin."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is no readable checkpoint ({error}): use an older one of the run"
+        ) from error
+
+
+def load_generator(path: Path, *, backbone="r101", lineage=None, classes=data.CLASSES, say=print):
+    """(G, metadata) of a checkpoint; the other arguments are for files that do not say."""
+    meta = read_metadata(path)
+    if meta:
+        backbone, lineage = meta["settings"]["backbone"], meta["settings"]["lineage"]
+        classes = meta["classes"]
+    G = Generator(backbone, len(classes), lineage)
+    load_weights(G, path, say=say)
+    return G, meta
+
+
+# Tables and pictures.
+
+
+def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
+    """The paper's {"iou", "miou"} (in %) for the same task, backbone and method, if it has one."""
+    if tgt != "cityscapes" or src not in ("gta5", "synthia"):
+        return None
+    tables = json.loads((Path(__file__).parent / "docs" / "paper_tables.json").read_text())
+    name = {"source": "source only", "tan": "TAN", "clan": "CLAN"}[method]
+    short = {"light": "traffic light", "sign": "traffic sign"}
+    for row in tables[src]:
+        if row["method"] == name and row["backbone"] == backbone:
+            return {"miou": row["miou"], "iou": {short.get(k, k): v for k, v in row["iou"].items()}}
+    return None
+
+
+def score_table(title: str, columns: dict[str, dict | None]) -> Table:
+    """Per-class IoU and mIoU in %, a column for each of `columns` (values in [0, 1])."""
+    columns = {name: column for name, column in columns.items() if column}
+    table = Table("class", title=title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name in next(iter(columns.values()))["iou"]:
+        table.add_row(name, *(_percent(c["iou"].get(name)) for c in columns.values()))
+    table.add_section()
+    for key in ("miou", "miou_13"):
+        if any(key in c for c in columns.values()):
+            label = key.replace("miou_13", "mIoU (13 classes)").replace("miou", "mIoU")
+            table.add_row(label, *(_percent(c.get(key)) for c in columns.values()), style="bold")
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or np.isnan(value) else f"{100 * value:.1f}"
+
+
+def palette_of(classes) -> np.ndarray:
+    """Colours by train id, 256 x 3 uint8: those of Cityscapes by name, a hue for other names."""
+    known = dict(zip(data.CLASSES, data.PALETTE, strict=True))
+    palette = np.zeros((256, 3), np.uint8)
+    for i, name in enumerate(classes):
+        rng = np.random.default_rng(i)
+        palette[i] = known.get(name, rng.integers(40, 256, 3))
+    return palette
+
+
+def picture(path: Path, rows: list[list[tuple[str, np.ndarray]]], classes) -> None:
+    """A PNG of titled panels; H W arrays are coloured as train ids, with a legend."""
+    palette = palette_of(classes)
+    height, width = rows[0][0][1].shape[:2]
+    columns = len(rows[0])
+    w = 3.2 * columns
+    h = 3.2 * len(rows) * height / width + 0.9
+    figure = Figure(figsize=(w, h), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    shown = set()
+    for row, panels in zip(axes, rows, strict=True):
+        for ax, (title, pixels) in zip(row, panels, strict=True):
+            if pixels.ndim == 2:
+                shown |= set(np.unique(pixels).tolist())
+                pixels = palette[pixels]
+            ax.imshow(pixels, interpolation="nearest")
+            ax.set_title(title, fontsize=9)
+            ax.axis("off")
+    patches = [
+        Patch(color=palette[i] / 255, label=name) for i, name in enumerate(classes) if i in shown
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=7, fontsize=7, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def overlay(image: np.ndarray, pred: np.ndarray, classes) -> np.ndarray:
+    """The photograph with its classes' colours laid over it, H W 3 uint8."""
+    return (0.5 * image + 0.5 * palette_of(classes)[pred]).astype(np.uint8)
+
+
+def report(confusion, source: data.DataSet, target: data.DataSet) -> dict:
+    """The scores of a confusion matrix, with the classes that were left out named."""
+    _, scored, left_out = data.shared_classes(source, target)
+    result = scores(confusion, source.classes, scored)
+    if source.name == "synthia" and target.name == "cityscapes":
+        result["miou_13"] = scores(confusion, source.classes, data.SYNTHIA_13)["miou"]
+    return result | {"left_out": list(left_out), "images": len(target)}
+
+
+# Programs.
+
+
+def save_labels(folder: Path, dataset: data.DataSet, classes):
+    """A `save` for evaluate(): labelIds PNGs, named and coded as the official scorer takes them."""
+    if tuple(classes) != data.CLASSES:
+        raise ValueError("--save-predictions writes Cityscapes labelIds: the run has other classes")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(i: int, pred: np.ndarray) -> None:
+        stem = Path(data.image_name(dataset, i)).stem.removesuffix("_leftImg8bit")
+        Image.fromarray(data.LABEL_IDS[pred]).save(folder / f"{stem}_pred_labelIds.png")
+
+    return save
+
+
+def evaluate_main(args: argparse.Namespace) -> None:
+    console = Console()
+    path = newest_checkpoint(args.run)
+    meta = read_metadata(path)
+    settings = meta.get("settings", {})
+    src, tgt = args.src or settings.get("src"), args.tgt or settings.get("tgt")
+    if not (src and tgt):
+        raise ValueError(f"{path} does not say its data sets: give --src and --tgt")
+
+    def folder_of(name: str, own: Path | None, key: str) -> Path | None:
+        saved = settings.get(key) if settings.get(key.split("_")[0]) == name else None
+        return own or (saved and Path(saved)) or data.default_folder(name, args.data)
+
+    target = data.open_dataset(
+        tgt, "target", args.split, folder_of(tgt, args.tgt_dir, "tgt_dir"), size=args.tgt_size
+    )
+    source = source_classes(src, meta, folder_of(src, args.src_dir, "src_dir"))
+    G, _ = load_generator(
+        path,
+        backbone=args.backbone,
+        lineage=args.lineage,
+        classes=source.classes,
+        say=console.print,
+    )
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    G = G.to(device, memory_format=torch.channels_last)
+    table, _, _ = data.shared_classes(source, target)
+    save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
+    confusion = evaluate(G, target, table, device=device, workers=args.workers, save=save)
+    result = report(confusion, source, target)
+
+    out = args.run if args.run.is_dir() else args.run.parent
+    method, backbone = settings.get("method", "clan"), settings.get("backbone", args.backbone)
+    paper = paper_row(src, tgt, backbone, method)
+    console.print(
+        score_table(f"{src} to {tgt} {args.split}", {"%": result, "paper": percent(paper)})
+    )
+    if result["left_out"]:
+        console.print(f"left out, on one side only: {', '.join(result['left_out'])}")
+    result |= {"checkpoint": str(path), "settings": settings}
+    (out / "eval.json").write_text(json.dumps(result, indent=1))
+    draw(out / "eval.png", target, table, {"prediction": G}, device, source.classes)
+    console.print(
+        f"{path}: mIoU {100 * result['miou']:.1f} over {len(target)} images; "
+        f"{out / 'eval.json'}, {out / 'eval.png'}",
+        soft_wrap=True,
+    )
+
+
+def percent(row: dict | None) -> dict | None:
+    """The paper's row, given in %, in the units of ours."""
+    if row is None:
+        return None
+    return {"miou": row["miou"] / 100, "iou": {k: v / 100 for k, v in row["iou"].items()}}
+
+
+def source_classes(src: str, meta: dict, folder: Path | None) -> data.DataSet:
+    """The source as far as evaluation needs it: its class names. A checkpoint carries them."""
+    classes = tuple(meta.get("classes", data.CLASSES))
+    if not meta and src == "folder":
+        classes, _ = data.read_classes(Path(folder) / "classes.json")
+    absent = data.SYNTHIA_ABSENT if src == "synthia" else ()
+    labelled = tuple(c for c in classes if c not in absent)
+    return data.DataSet(src, classes, labelled, (0, 0), (0, 0), ())
+
+
+def draw(path: Path, dataset, table, networks: dict, device, classes, count: int = 2) -> None:
+    """A picture of the first images of a split: image, each network's prediction, truth."""
+    rows = []
+    for i in range(min(count, len(dataset))):
+        _, image, label = data.Pairs(dataset)[i]
+        label = label.numpy()
+        row = [("target image", data.image_at(dataset, i))]
+        for name, G in networks.items():
+            pred = predict(G, image[None].to(device), [label.shape])[0].cpu().numpy()
+            row.append((name, pred))
+        rows.append([*row, ("truth", table[label])])
+    picture(path, rows, classes)
+
+
+def predict_main(args: argparse.Namespace) -> None:
+    console = Console()
+    path = newest_checkpoint(args.run)
+    G, meta = load_generator(path, backbone=args.backbone, lineage=args.lineage, say=console.print)
+    classes = meta.get("classes", data.CLASSES)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    G = G.to(device, memory_format=torch.channels_last)
+    paths = sorted(p for p in args.images.rglob("*") if p.suffix.lower() in data.SUFFIXES)
+    if not paths:
+        raise ValueError(f"no png, jpg or jpeg in {args.images}: name a folder of photographs")
+    short = args.short_side or min(meta.get("tgt_size", (512,)))
+    for file in track(paths, "predicting", console=console):
+        image = data.read_image(file)
+        scale = short / min(image.shape[:2])
+        size = tuple(max(32, round(s * scale)) for s in image.shape[:2])
+        small = torch.from_numpy(np.ascontiguousarray(data.resize(image, size)))
+        pred = predict(G, small.permute(2, 0, 1)[None].to(device), [image.shape[:2]])[0]
+        pred = pred.cpu().numpy()
+        target = args.out / file.relative_to(args.images).with_suffix("")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mask = Image.fromarray(pred)
+        mask.putpalette(palette_of(classes).flatten().tolist())
+        mask.save(f"{target}_mask.png")
+        Image.fromarray(overlay(image, pred, classes)).save(f"{target}_overlay.png")
+    console.print(f"{len(paths)} masks and overlays in {args.out}")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description="Score a run, or `predict` on photographs.")
+    top.add_argument("run", type=Path, help="a run folder or a file of weights")
+    top.add_argument("--backbone", default="r101", help="for weights that do not say theirs")
+    top.add_argument("--lineage", help="for weights that do not say theirs")
+    top.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    return top
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    command = parser()
+    if argv[:1] == ["predict"]:
+        command.add_argument("--images", type=Path, required=True, help="a folder of photographs")
+        command.add_argument("--out", type=Path, required=True, help="where masks and overlays go")
+        command.add_argument("--short-side", type=int, help="size the network sees; the run's own")
+        run, args = predict_main, command.parse_args(argv[1:])
+    else:
+        names = tuple(data.OPENERS)
+        command.add_argument("--src", choices=names, help="whose classes G has; the run's own")
+        command.add_argument("--tgt", choices=names, help="data set to score on; the run's own")
+        command.add_argument("--split", default="val")
+        command.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets")
+        command.add_argument("--src-dir", type=Path, help="the source's own folder")
+        command.add_argument("--tgt-dir", type=Path, help="the target's own folder")
+        command.add_argument("--tgt-size", type=int, nargs=2, help="H W that the network sees")
+        command.add_argument("--workers", type=int, default=0, help="processes that read images")
+        command.add_argument("--save-predictions", type=Path, help="folder for labelIds PNGs")
+        run, args = evaluate_main, command.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The losses of CLAN, Eq. 2 to 5 of the paper, as four pure functions.
+
+Each takes tensors and floats and returns a tensor, needs `torch` alone and can be copied out by
+itself. Each works on any device and batch size and computes in float32 at least, whatever comes in.
+
+    loss = segmentation_loss(logits_1 + logits_2, labels)                    # Eq. 3
+    weight = 40 * discrepancy_map(p1, p2) + 0.4                              # Eq. 5
+    loss = loss + 0.001 * adversarial_loss(D(p), is_source=True, weight=weight)
+
+Shapes: B images, C classes, H W pixels.
+"""
+
+import torch
+
+
+def segmentation_loss(
+    logits: torch.Tensor, labels: torch.Tensor, *, gamma: float = 0.0, ignore_index: int = 255
+) -> torch.Tensor:
+    """Cross-entropy (Eq. 3), averaged over the labelled pixels.
+
+    logits: B C H W, unnormalised. labels: B H W int64, 0 to C-1, or `ignore_index`.
+    gamma: 0 for Eq. 3; above 0 the focal form of the released code, -(1 - p)^gamma log p with
+        p clamped to [1e-9, 1 - 1e-9] (the released code has gamma = 2).
+    Returns a scalar >= 0 in nats; 0 with a zero gradient where no pixel is labelled.
+    Raises ValueError if the two do not lie on the same grid.
+    """
+    if logits.shape[:1] + logits.shape[2:] != labels.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} must be B C H W and labels {tuple(labels.shape)} B H W "
+            "on the same grid: resize the logits to the labels first"
+        )
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    labelled = labels != ignore_index
+    index = labels.where(labelled, 0).unsqueeze(1)  # B 1 H W
+    log_p = logits.to(dtype).log_softmax(dim=1).gather(1, index).squeeze(1)  # B H W: log p_iy
+    if gamma > 0:
+        not_p = (-log_p.expm1()).clamp(min=1e-9)  # 1 - p without cancellation
+        loss = -(not_p**gamma) * log_p.clamp(min=-20.723265836946414)  # log 1e-9
+    else:
+        loss = -log_p  # Eq. 3
+    return loss.where(labelled, 0).sum() / labelled.sum().clamp(min=1)
+
+
+def weight_discrepancy(weights_1, weights_2) -> torch.Tensor:
+    """Cosine of the angle between the two classifiers' weights (Eq. 4).
+
+    weights_1, weights_2: sequences of tensors, ordered alike and of equal sizes, any shapes:
+        flattened and joined they are the vectors w1 and w2.
+    Returns a scalar in [-1, 1], 0 where a vector is zero; minimising it drives the two apart.
+    Raises ValueError if the two vectors differ in length.
+    """
+    w1 = torch.cat([w.flatten() for w in weights_1])
+    w2 = torch.cat([w.flatten() for w in weights_2])
+    if w1.shape != w2.shape:
+        raise ValueError(f"the classifiers differ in size: {w1.numel()} and {w2.numel()} weights")
+    dtype = torch.promote_types(w1.dtype, torch.float32)
+    w1, w2 = w1.to(dtype), w2.to(dtype)
+    tiny = torch.finfo(dtype).tiny
+    cosine = (w1 / w1.norm().clamp(min=tiny)) @ (w2 / w2.norm().clamp(min=tiny))  # Eq. 4
+    return cosine.clamp(-1, 1)
+
+
+def discrepancy_map(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
+    """M(p1, p2), the cosine distance of two predictions at each pixel (Section 3.2, Eq. 5).
+
+    p1, p2: B C H W, probabilities over C (>= 0), e.g. the softmax of each classifier's logits.
+    Returns B 1 H W in [0, 1], float32 at least: 0 where they agree, 1 where they are orthogonal.
+    Raises ValueError if the shapes differ.
+    """
+    if p1.shape != p2.shape:
+        raise ValueError(f"the predictions differ in shape: {tuple(p1.shape)}, {tuple(p2.shape)}")
+    dtype = torch.promote_types(p1.dtype, torch.float32)
+    p1, p2 = p1.to(dtype), p2.to(dtype)
+    tiny = torch.finfo(dtype).tiny
+    u1 = p1 / p1.norm(dim=1, keepdim=True).clamp(min=tiny)
+    u2 = p2 / p2.norm(dim=1, keepdim=True).clamp(min=tiny)
+    # 1 - cos(p1, p2) = |u1 - u2|^2 / 2 for unit vectors: exact where the two nearly agree.
+    m = (u1 - u2).square().sum(dim=1, keepdim=True) / 2  # B 1 H W
+    return m.clamp(max=1)
+
+
+def adversarial_loss(
+    d_logits: torch.Tensor, is_source: bool, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Binary cross-entropy of D's domain decision: a term of Eq. 2, or of Eq. 5 with `weight`.
+
+    d_logits: B 1 H W; sigmoid(d_logits) is D's probability of *source* (the paper's convention;
+        the released code has it the other way round, which is symmetric).
+    is_source: the domain to be scored, not that of the image: G's loss asks for True on target.
+    weight: B 1 H W, lambda_local * M + eps (Eq. 5); None counts every pixel once (Eq. 2).
+    Returns a scalar, the mean over all pixels; finite for logits of any size.
+    Raises ValueError if weight and d_logits differ in shape.
+    """
+    if weight is not None and weight.shape != d_logits.shape:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and d_logits {tuple(d_logits.shape)} differ in shape: "
+            "resize D's answer to the weight map first"
+        )
+    d = d_logits.to(torch.promote_types(d_logits.dtype, torch.float32))
+    # log D for the source, log(1 - D) for the target, through logsigmoid(x) = -log(1 + e^-x).
+    log_d = torch.nn.functional.logsigmoid(d if is_source else -d)
+    loss = -log_d if weight is None else -weight * log_d  # Eq. 2 | Eq. 5
+    return loss.mean()

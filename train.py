@@ -1,0 +1,515 @@
+"""Training: settings, data, networks, optimizers, the loop, the result (Section 4.2).
+
+    python train.py                                   # drawn streets, minutes on a laptop
+    python train.py --src gta5 --backbone r101        # the paper's run, on whatever GPU is there
+    python train.py --resume runs/RUN                 # goes on where a run was stopped
+
+Every field of Settings and of clan.Hyper is a flag (python train.py --help). A run folder holds
+metrics.jsonl, the last checkpoints, and at the end eval.json and result.png.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+
+import clan
+import data
+import eval as evaluation
+from models import Discriminator, Generator, lineage_for, load_weights, set_batchnorm
+
+Source = Literal["gta5", "synthia", "cityscapes", "streets", "folder"]
+Target = Literal["gta5", "synthia", "cityscapes", "streets", "folder", "auto"]
+Backbone = Literal["r101", "vgg16", "tiny", "lite0", "auto"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is, apart from the algorithm (clan.Hyper)."""
+
+    src: Source = "streets"  # labelled source
+    tgt: Target = "auto"  # unlabelled target; auto: streets for streets, else cityscapes
+    data: Path = Path("data")  # folder that holds GTA5/, SYNTHIA/RAND_CITYSCAPES/, Cityscapes/
+    src_dir: Path | None = None  # the source's own folder, instead of its place in --data
+    tgt_dir: Path | None = None  # the target's own folder
+    src_size: tuple[int, int] | None = None  # H W the source is resized to; the data set's own
+    tgt_size: tuple[int, int] | None = None  # H W the target is resized to; the data set's own
+    backbone: Backbone = "auto"  # auto: tiny for streets to streets, else r101
+    lineage: str | None = None  # whose ImageNet weights: caffe or torchvision; follows from --init
+    init: str = "none"  # first weights of G: a file, imagenet, or none
+    recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
+    seed: int = 0  # of the initial weights, the order of the samples and their augmentation
+    out: Path | None = None  # run folder; runs/SRC-TGT-BACKBONE-METHOD-seedN
+    d_channels: int = 64  # channels of D's first convolution (paper: 64)
+    device: str = "auto"  # cpu, cuda, cuda:1; auto: the GPU if there is one
+    amp: Literal["auto", "off", "bf16"] = "auto"  # bfloat16 where it is safe; auto: on CUDA
+    compile: Literal["auto", "off", "on"] = "auto"  # torch.compile of the two steps; auto: on CUDA
+    workers: int = -1  # processes that read images; -1: the cores, at most 8, and none for streets
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between scores on the target's val split; 0: at the end alone
+    save_every: int = 1000  # steps between checkpoints
+    keep: int = 3  # checkpoints kept
+
+
+# Settings that a resumed run may change: they do not enter its result.
+FREE = {"data", "src_dir", "tgt_dir", "out", "device", "amp", "compile", "workers", "log_every"}
+FREE |= {"eval_every", "save_every", "keep"}
+
+
+def defaults(settings: Settings) -> dict:
+    """What the data set and the backbone change in the recipe; flags come on top."""
+    change = {}
+    if settings.src == "synthia" and settings.recipe == "released":
+        change |= {"lambda_local": 10.0}
+    if settings.backbone == "tiny":  # trained from scratch: warm-up on the source, larger rates
+        change |= {"steps": 1600, "adv_start": 1100, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
+        change |= {"bn_affine": True, "batchnorm": "before", "crop": False}
+        change |= {"lambda_adv": 0.02, "lr_d": 1e-4}
+    if settings.backbone == "lite0":
+        change |= {"steps": 700, "adv_start": 400, "batch": 4, "lr_g": 0.005, "head_lr": 2.0}
+        change |= {"bn_affine": True, "batchnorm": "before", "crop": False, "jitter": 0.2}
+        change |= {"lambda_adv": 0.005, "lr_d": 1e-4}
+    return change
+
+
+# The command line: one flag a field, its comment the help.
+
+
+def comments(cls) -> dict[str, str]:
+    """The comment of each field of a dataclass."""
+    found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+    return dict(found)
+
+
+def add_flags(parser: argparse.ArgumentParser, cls) -> None:
+    """A flag for each field; one not given stays out of the parsed arguments."""
+    group, help_of = parser.add_argument_group(cls.__name__), comments(cls)
+    hints = typing.get_type_hints(cls)
+    for field in fields(cls):
+        kind, options = hints[field.name], {}
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = typing.get_args(kind)[0]
+        if typing.get_origin(kind) is Literal:
+            options = {"choices": typing.get_args(kind)}
+        elif kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)
+            options = {"type": inner[0], "nargs": "+" if inner[1] is ... else len(inner)}
+        else:
+            options = {"type": kind}
+        text = f"{help_of[field.name]} [{field.default}]".replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        group.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
+
+
+def parse(argv) -> tuple[dict, Path | None]:
+    """The flags that were given, by field name, and what to resume from."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=Path(),
+        type=Path,
+        help="go on: a run folder, a checkpoint, or nothing for the newest checkpoint of --out",
+    )
+    for cls in (Settings, clan.Hyper):
+        add_flags(parser, cls)
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, resume
+
+
+def configure(given: dict) -> tuple[Settings, clan.Hyper]:
+    """Settings and hyper-parameters of a run: the recipe, its defaults, then the flags given."""
+    names = {field.name for field in fields(Settings)}
+    own = {k: v for k, v in given.items() if k in names}
+    src = own.get("src", "streets")
+    if own.get("tgt", "auto") == "auto":
+        own["tgt"] = "streets" if src == "streets" else "cityscapes"
+    if own.get("backbone", "auto") == "auto":
+        own["backbone"] = "tiny" if (src, own["tgt"]) == ("streets", "streets") else "r101"
+    own.setdefault("lineage", lineage_for(own["backbone"], own.get("init", "none")))
+    settings = Settings(**own)
+    hyper = asdict(clan.RECIPES[settings.recipe]) | defaults(settings)
+    method = given.get("method", hyper["method"])
+    if own.get("out") is None:
+        name = f"{settings.src}-{settings.tgt}-{settings.backbone}-{method}-seed{settings.seed}"
+        own["out"] = Path("runs") / name
+    if method == "source" and "adv_start" in given:
+        raise ValueError("--adv-start has no meaning with --method source: drop one of the two")
+    return Settings(**own), clan.Hyper(**hyper | {k: v for k, v in given.items() if k not in names})
+
+
+def resumed(given: dict, resume: Path) -> tuple[dict, Path]:
+    """The flags of the run to go on with, and its checkpoint. A flag may not contradict it."""
+    folder = configure(given)[0].out if resume == Path() else resume
+    path = evaluation.newest_checkpoint(folder)
+    before = evaluation.read_metadata(path).get("settings")
+    if before is None:
+        raise ValueError(f"{path} is no checkpoint of train.py: use it with --init")
+    before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items()}
+    changed = [
+        f"--{k.replace('_', '-')} {v} (was {before[k]})"
+        for k, v in given.items()
+        if k not in FREE and v != before[k]
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} was made with other settings: drop {', '.join(changed)}, or start a new run "
+            "with --out"
+        )
+    paths = {k: before[k] and Path(before[k]) for k in ("data", "src_dir", "tgt_dir", "out")}
+    return before | paths | {"out": path.parent} | given, path
+
+
+# Checkpoints: one safetensors file, written beside and renamed into place.
+
+
+def pack(G, D, opt_g, opt_d) -> dict[str, torch.Tensor]:
+    """Everything that the next step depends on, as flat tensors."""
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for prefix, module in (("G", G), ("D", D)):
+        tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+    for prefix, optimizer in (("opt_g", opt_g), ("opt_d", opt_d)):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {
+                f"{prefix}.{i}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)
+            }
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def unpack(tensors: dict[str, torch.Tensor], G, D, opt_g, opt_d) -> None:
+    """The reverse of `pack`."""
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+    G.load_state_dict(part("G."))
+    D.load_state_dict(part("D."))
+    for prefix, optimizer in (("opt_g.", opt_g), ("opt_d.", opt_d)):
+        state = {}
+        for name, value in part(prefix).items():
+            i, key = name.split(".", 1)
+            state.setdefault(int(i), {})[key] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+    """Writes beside `path`, then renames: a reader sees the whole file or the one before it."""
+    wrong = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    if wrong:
+        raise FloatingPointError(f"{wrong[0]} is not finite: {path} was not written")
+    beside = path.with_suffix(".tmp")
+    text = {k: json.dumps(v, default=str) for k, v in metadata.items()}
+    save_file(tensors, beside, metadata={"format": "pt"} | text)
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def commit() -> str:
+    """The commit of this code, "-dirty" if it was changed since, or "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+# What the loop reports.
+
+
+class Log:
+    """metrics.jsonl and the progress shown: scalars stay on the device until a line is due."""
+
+    def __init__(self, path: Path, start: int, hyper: clan.Hyper, every: int, console: Console):
+        lines = path.read_text().splitlines() if start and path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        self.hyper, self.every, self.console = hyper, every, console
+        self.pending, self.images, self.since = [], 0, time.monotonic()
+        self.bar = Progress(
+            *("{task.description}", BarColumn(), "{task.completed}/{task.total}"),
+            *(TimeRemainingColumn(), "{task.fields[terms]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("steps", total=hyper.steps, completed=start, terms="")
+
+    def add(self, step: int, terms: dict[str, torch.Tensor], images: int) -> None:
+        """The terms of one step, which is the step-th from 0."""
+        self.pending.append((step + 1, terms))
+        self.images += images
+        if (step + 1) % self.every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the pending terms in one transfer. A non-finite one is a FloatingPointError."""
+        if not self.pending:
+            return
+        values = iter(torch.stack([v for _, t in self.pending for v in t.values()]).tolist())
+        for step, terms in self.pending:
+            terms = {name: next(values) for name in terms}
+            if not all(map(math.isfinite, terms.values())):
+                shown = ", ".join(f"{k} {v:.4g}" for k, v in terms.items())
+                raise FloatingPointError(f"a loss is not finite at step {step}: {shown}")
+            if step % self.every == 0:
+                self.record({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()})
+                self.show(step, terms)
+        self.pending = []
+
+    def record(self, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+
+    def show(self, step: int, terms: dict[str, float]) -> None:
+        seconds = time.monotonic() - self.since
+        speed = self.images / max(seconds, 1e-9)
+        text = " ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f" | {speed:.0f} images/s"
+        self.bar.update(self.task, completed=step, terms=text)
+        if not self.console.is_terminal:
+            print(f"step {step}/{self.hyper.steps} {text}", flush=True)
+        self.images, self.since = 0, time.monotonic()
+
+
+class Stopped(Exception):
+    """The run was asked to end before its last step, and is saved."""
+
+
+class Stop:
+    """Ctrl-C or SIGTERM: once asks the loop to save and end, twice ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+# The run.
+
+
+def build_optimizers(G, D, hyper: clan.Hyper):
+    """SGD for E and, `head_lr` times as fast, the two heads; Adam for D. Rates: `set_rates`."""
+    heads = [*G.C1.parameters(), *G.C2.parameters()]
+    opt_g = torch.optim.SGD(
+        [{"params": list(G.E.parameters())}, {"params": heads}],
+        lr=hyper.lr_g, momentum=hyper.momentum, weight_decay=hyper.weight_decay_g,
+    )  # fmt: skip
+    betas = (hyper.beta1_d, hyper.beta2_d)
+    opt_d = torch.optim.Adam(D.parameters(), hyper.lr_d, betas, weight_decay=hyper.weight_decay_d)
+    return opt_g, opt_d
+
+
+def set_rates(opt_g, opt_d, step: int, hyper: clan.Hyper) -> None:
+    lr_g, lr_d = clan.learning_rates(step, hyper)
+    opt_g.param_groups[0]["lr"] = lr_g
+    opt_g.param_groups[1]["lr"] = lr_g * hyper.head_lr
+    opt_d.param_groups[0]["lr"] = lr_d
+
+
+def ignore_sigint(worker: int) -> None:
+    """Ctrl-C reaches the loop alone, which then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def open_all(settings: Settings):
+    """Source and target for training, and the target's validation split."""
+
+    def folder(name: str, own: Path | None):
+        return own or data.default_folder(name, settings.data)
+
+    tgt_dir = folder(settings.tgt, settings.tgt_dir)
+    target = data.open_dataset(
+        settings.tgt, "target", "train", tgt_dir, settings.tgt_size, labels=False
+    )
+    val = data.open_dataset(settings.tgt, "target", "val", tgt_dir, target.size)
+    src_size = settings.src_size
+    if settings.src == "streets" and not src_size:
+        src_size = target.size if target.name != "cityscapes" else (256, 512)
+    source = data.open_dataset(
+        settings.src, "source", "train", folder(settings.src, settings.src_dir), src_size
+    )
+    return source, target, val
+
+
+def train(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: Console) -> dict:
+    """One run, from its first step or from a checkpoint, to its score."""
+    torch.manual_seed(settings.seed)
+    gpu = settings.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else settings.device.replace("auto", "cpu"))
+    amp = settings.amp == "bf16" or (settings.amp == "auto" and device.type == "cuda")
+    compiled = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+    source, target, val = open_all(settings)
+    table, _, left_out = data.shared_classes(source, val)
+
+    G = Generator(settings.backbone, len(source.classes), settings.lineage)
+    D = Discriminator(len(source.classes), settings.d_channels)
+    if settings.init != "none" and not resume:
+        load_weights(G, settings.init, say=console.print)
+    G = G.to(device, memory_format=torch.channels_last)
+    D = D.to(device, memory_format=torch.channels_last)
+    opt_g, opt_d = build_optimizers(G, D, hyper)
+    about = {"classes": source.classes, "tgt_size": target.size, "commit": commit()}
+    about |= {"settings": asdict(settings) | asdict(hyper)}
+    start, out = 0, settings.out
+    out.mkdir(parents=True, exist_ok=True)
+    if resume:
+        start = evaluation.read_metadata(resume)["step"]
+        unpack(load_file(resume), G, D, opt_g, opt_d)
+    elif any(out.glob("*.safetensors")):
+        raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
+    console.print(f"{settings.src} ({len(source)} images) to {settings.tgt} ({len(target)}), "
+                  f"{settings.backbone}, {hyper.method}, {device}, into {out}")  # fmt: skip
+    if left_out:
+        console.print(f"not scored, on one side only: {', '.join(left_out)}")
+
+    log = Log(out / "metrics.jsonl", start, hyper, settings.log_every, console)
+    stop = Stop()
+
+    def score() -> dict:
+        confusion = evaluation.evaluate(G, val, table, device=device, amp=amp, workers=workers)
+        return evaluation.report(confusion, source, val)
+
+    def checkpoint(step: int, name: str | None = None) -> Path:
+        log.flush()
+        path = out / (name or f"step_{step:07d}.safetensors")
+        save(path, pack(G, D, opt_g, opt_d), about | {"step": step})
+        for old in sorted(out.glob("step_*.safetensors"))[: -settings.keep]:
+            old.unlink()
+        return path
+
+    workers = settings.workers
+    if workers < 0:
+        workers = (
+            min(8, os.cpu_count() or 1) if (settings.src, settings.tgt) != ("streets",) * 2 else 0
+        )
+    batches = torch.utils.data.DataLoader(
+        data.Steps(source, target, hyper, seed=settings.seed), batch_size=None,
+        sampler=range(start, hyper.steps), num_workers=workers, worker_init_fn=ignore_sigint,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    g_step = torch.compile(clan.g_step) if compiled else clan.g_step
+    d_step = torch.compile(clan.d_step) if compiled else clan.d_step
+
+    with log.bar:
+        for step, batch in zip(range(start, hyper.steps), batches, strict=True):
+            G.train()
+            statistics = clan.uses_batch_statistics(step, hyper)
+            set_batchnorm(G, train_affine=hyper.bn_affine, batch_statistics=statistics)
+            set_rates(opt_g, opt_d, step, hyper)
+            batch = to_device(batch, device)
+
+            with autocast:
+                loss, terms, predictions = g_step(G, D, batch, step, hyper)  # Eq. 6
+            opt_g.zero_grad()
+            loss.backward()
+            opt_g.step()
+
+            if predictions is not None:
+                with autocast:
+                    loss, d_terms = d_step(D, predictions)  # Eq. 5, or 2
+                opt_d.zero_grad()
+                loss.backward()
+                opt_d.step()
+                terms |= d_terms
+
+            log.add(step, terms, images=2 * hyper.batch if predictions else hyper.batch)
+            done = step + 1
+            if done == hyper.adv_start and hyper.method != "source":
+                checkpoint(done, BEFORE)
+                log.record({"step": done, "target_miou": score()["miou"]})
+            if settings.eval_every and done % settings.eval_every == 0 and done < hyper.steps:
+                log.record({"step": done, "target_miou": score()["miou"]})
+            if done % settings.save_every == 0 or done == hyper.steps or stop.asked:
+                path = checkpoint(done)
+            if stop.asked and done < hyper.steps:
+                raise Stopped(f"stopped after step {done}; go on: --resume {path.parent}")
+    return finish(settings, G, val, table, source, device, amp, workers, console)
+
+
+BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
+
+
+def to_device(batch: clan.Batch, device) -> clan.Batch:
+    """uint8 images travel and are normalised there; labels become the int64 of the losses."""
+    source, labels, target, size = batch
+    source, labels = (x.to(device, non_blocking=True) for x in (source, labels))
+    target = None if target is None else target.to(device, non_blocking=True)
+    return clan.Batch(source, labels.long(), target, size)
+
+
+def finish(settings, G, val, table, source, device, amp, workers, console) -> dict:
+    """Score the last weights, show them beside those before adaptation, and write it all down."""
+    out, networks, columns = settings.out, {}, {}
+
+    def score(network) -> dict:
+        how = {"device": device, "amp": amp, "workers": workers}
+        return evaluation.report(evaluation.evaluate(network, val, table, **how), source, val)
+
+    if (out / BEFORE).exists():
+        before, _ = evaluation.load_generator(out / BEFORE, say=lambda _: None)
+        networks["before"] = before.to(device)
+        columns["before"] = score(networks["before"])
+    networks["after"], columns["after"] = G, score(G)
+    checkpoint = evaluation.newest_checkpoint(out)
+    meta = evaluation.read_metadata(checkpoint)["settings"]
+    paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, meta["method"])
+    columns["paper"] = evaluation.percent(paper)
+    console.print(evaluation.score_table(f"IoU on {settings.tgt} val, %", columns))
+    result = columns["after"] | {"checkpoint": str(checkpoint), "settings": meta}
+    if "before" in columns:
+        result["miou_before"] = columns["before"]["miou"]
+    (out / "eval.json").write_text(json.dumps(result, indent=1))
+    evaluation.draw(out / "result.png", val, table, networks, device, source.classes)
+    for name in (checkpoint.name, "eval.json", "result.png", "metrics.jsonl"):
+        console.print(f"wrote {out / name}", soft_wrap=True)
+    return result
+
+
+def main(argv=None) -> None:
+    given, resume = parse(argv)
+    console = Console()
+    try:
+        if resume is not None:
+            given, resume = resumed(given, resume)
+        settings, hyper = configure(given)
+        train(settings, hyper, resume, console)
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
