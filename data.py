@@ -18,13 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import streets
 import torch
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import streets
 from clan import Batch, Hyper, is_adversarial
 
 # The 19 classes that Cityscapes scores, in the order of their train ids, and their colours.
