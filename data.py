@@ -379,6 +379,8 @@ def _augment(pixels, size, scale, box, mirror):
 
 def _jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Another gain and offset for each colour, up to `strength` of the range."""
+    if not strength:
+        return image
     gain, offset = rng.uniform(-strength, strength, (2, 3))
     return np.clip(image * (1 + gain) + 255 * offset, 0, 255).astype(np.uint8)
 
@@ -387,24 +389,22 @@ def _domain_batch(step, dataset, domain, hyper: Hyper, seed, rank, world, labels
     """Images (and labels) of one domain for one step; one scale, so that they can be stacked."""
     rng = np.random.default_rng([seed, domain, step, rank])
     scale = rng.choice(hyper.scales, p=hyper.scale_probs)
-    size, (ch, cw) = dataset.size, dataset.crop if hyper.crop else dataset.size
+    crop = np.minimum(dataset.crop, dataset.size).tolist() if hyper.crop else list(dataset.size)
     images, targets = [], []
     for slot in range(hyper.batch):
         n = (step * world + rank) * hyper.batch + slot
         i = sample_index(n, len(dataset), seed, domain)
-        y, x = (int(rng.integers(0, s - c + 1)) for s, c in zip(size, (ch, cw), strict=True))
-        place = (size, scale, (y, x, y + ch, x + cw), rng.random() < hyper.mirror)
+        y, x = (int(rng.integers(0, s - c + 1)) for s, c in zip(dataset.size, crop, strict=True))
+        box, mirror = (y, x, y + crop[0], x + crop[1]), rng.random() < hyper.mirror
         image = image_at(dataset, i)
-        images.append(_augment(image, *place))
+        images.append(_augment(image, dataset.size, scale, box, mirror))
         if labels:
             label = label_at(dataset, i)
             check_pair(dataset, i, image, label)
-            size, _, box, mirror = place
-            targets.append(_augment(label, size, 1.0, box, mirror))
-            if hyper.jitter:
-                images[-1] = _jitter(images[-1], hyper.jitter, rng)
+            targets.append(_augment(label, dataset.size, 1.0, box, mirror))
+            images[-1] = _jitter(images[-1], hyper.jitter, rng)
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # B 3 H' W', channels last
-    return stacked, torch.from_numpy(np.stack(targets)) if labels else None, (ch, cw)
+    return stacked, torch.from_numpy(np.stack(targets)) if labels else None, tuple(crop)
 
 
 def batch_at(

@@ -152,7 +152,7 @@ def load_generator(path: Path, *, backbone="r101", lineage=None, classes=data.CL
 
 
 def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
-    """The paper's {"iou", "miou"} (in %) for the same task, backbone and method, if it has one."""
+    """The paper's {"miou", "iou"} for the same task, backbone and method, if it has one."""
     if tgt != "cityscapes" or src not in ("gta5", "synthia"):
         return None
     tables = json.loads((Path(__file__).parent / "docs" / "paper_tables.json").read_text())
@@ -160,7 +160,8 @@ def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
     short = {"light": "traffic light", "sign": "traffic sign"}
     for row in tables[src]:
         if row["method"] == name and row["backbone"] == backbone:
-            return {"miou": row["miou"], "iou": {short.get(k, k): v for k, v in row["iou"].items()}}
+            by_name = {short.get(k, k): v / 100 for k, v in row["iou"].items()}
+            return {"miou": row["miou"] / 100, "iou": by_name}
     return None
 
 
@@ -283,9 +284,7 @@ def evaluate_main(args: argparse.Namespace) -> None:
     out = args.run if args.run.is_dir() else args.run.parent
     method, backbone = settings.get("method", "clan"), settings.get("backbone", args.backbone)
     paper = paper_row(src, tgt, backbone, method)
-    console.print(
-        score_table(f"{src} to {tgt} {args.split}", {"%": result, "paper": percent(paper)})
-    )
+    console.print(score_table(f"{src} to {tgt} {args.split}", {"%": result, "paper": paper}))
     if result["left_out"]:
         console.print(f"left out, on one side only: {', '.join(result['left_out'])}")
     result |= {"checkpoint": str(path), "settings": settings}
@@ -296,13 +295,6 @@ def evaluate_main(args: argparse.Namespace) -> None:
         f"{out / 'eval.json'}, {out / 'eval.png'}",
         soft_wrap=True,
     )
-
-
-def percent(row: dict | None) -> dict | None:
-    """The paper's row, given in %, in the units of ours."""
-    if row is None:
-        return None
-    return {"miou": row["miou"] / 100, "iou": {k: v / 100 for k, v in row["iou"].items()}}
 
 
 def source_classes(src: str, meta: dict, folder: Path | None) -> data.DataSet:

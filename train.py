@@ -24,9 +24,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import clan
@@ -52,7 +54,7 @@ class Settings:
     tgt_size: tuple[int, int] | None = None  # H W the target is resized to; the data set's own
     backbone: Backbone = "auto"  # auto: tiny for streets to streets, else r101
     lineage: str | None = None  # whose ImageNet weights: caffe or torchvision; follows from --init
-    init: str = "none"  # first weights of G: a file, imagenet, or none
+    init: str = "auto"  # first weights of G: a file, imagenet or none; auto: none for tiny alone
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
     seed: int = 0  # of the initial weights, the order of the samples and their augmentation
     out: Path | None = None  # run folder; runs/SRC-TGT-BACKBONE-METHOD-seedN
@@ -81,8 +83,8 @@ def defaults(settings: Settings) -> dict:
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False}
         change |= {"lambda_adv": 0.02, "lr_d": 1e-4, "d_channels": 32, "lambda_weight": 1.0}
     if settings.backbone == "lite0":
-        change |= {"steps": 700, "adv_start": 400, "batch": 4, "lr_g": 0.005, "head_lr": 2.0}
-        change |= {"bn_affine": True, "batchnorm": "before", "crop": False, "jitter": 0.2}
+        change |= {"steps": 650, "adv_start": 400, "batch": 2, "lr_g": 0.005, "head_lr": 2.0}
+        change |= {"bn_affine": True, "batchnorm": "running", "crop": False, "jitter": 0.2}
         change |= {"lambda_adv": 0.005, "lr_d": 1e-4, "d_channels": 32, "lambda_weight": 1.0}
     return change
 
@@ -144,7 +146,9 @@ def configure(given: dict) -> tuple[Settings, clan.Hyper]:
         own["tgt"] = "streets" if src == "streets" else "cityscapes"
     if own.get("backbone", "auto") == "auto":
         own["backbone"] = "tiny" if (src, own["tgt"]) == ("streets", "streets") else "r101"
-    own.setdefault("lineage", lineage_for(own["backbone"], own.get("init", "none")))
+    if own.get("init", "auto") == "auto":
+        own["init"] = "none" if own["backbone"] == "tiny" else "imagenet"
+    own.setdefault("lineage", lineage_for(own["backbone"], own["init"]))
     settings = Settings(**own)
     hyper = asdict(clan.RECIPES[settings.recipe]) | defaults(settings)
     method = given.get("method", hyper["method"])
@@ -223,10 +227,17 @@ def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         raise FloatingPointError(f"{wrong[0]} is not finite: {path} was not written")
     beside = path.with_suffix(".tmp")
     text = {k: json.dumps(v, default=str) for k, v in metadata.items()}
-    save_file(tensors, beside, metadata={"format": "pt"} | text)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        save_file(tensors, beside, metadata={"format": "pt"} | text)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error}): make room or choose another --out; the "
+            "checkpoints before it are intact"
+        ) from error
 
 
 def commit() -> str:
@@ -261,10 +272,10 @@ class Log:
         self.task = self.bar.add_task("steps", total=hyper.steps, completed=start, terms="")
 
     def add(self, step: int, terms: dict[str, torch.Tensor], images: int) -> None:
-        """The terms of one step, which is the step-th from 0."""
-        self.pending.append((step + 1, terms))
+        """The terms of a step; steps count from 1 here, as those that are done."""
+        self.pending.append((step, terms))
         self.images += images
-        if (step + 1) % self.every == 0:
+        if step % self.every == 0:
             self.flush()
 
     def flush(self) -> None:
@@ -316,28 +327,66 @@ class Stop:
 # The run.
 
 
-def build_optimizers(G, D, hyper: clan.Hyper):
-    """SGD for E and, `head_lr` times as fast, the two heads; Adam for D. Rates: `set_rates`."""
-    heads = [*G.C1.parameters(), *G.C2.parameters()]
-    opt_g = torch.optim.SGD(
-        [{"params": list(G.E.parameters())}, {"params": heads}],
-        lr=hyper.lr_g, momentum=hyper.momentum, weight_decay=hyper.weight_decay_g,
-    )  # fmt: skip
-    betas = (hyper.beta1_d, hyper.beta2_d)
-    opt_d = torch.optim.Adam(D.parameters(), hyper.lr_d, betas, weight_decay=hyper.weight_decay_d)
-    return opt_g, opt_d
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    settings: Settings
+    hyper: clan.Hyper
+    device: torch.device
+    amp: bool  # bfloat16 autocast
+    workers: int
+    source: data.DataSet
+    target: data.DataSet
+    val: data.DataSet  # the target's, labelled, for scoring alone
+    table: np.ndarray  # its train ids as G's classes (data.shared_classes)
+    G: Generator
+    D: Discriminator
+    opt_g: torch.optim.Optimizer
+    opt_d: torch.optim.Optimizer
+
+    @property
+    def out(self) -> Path:
+        return self.settings.out
+
+    def score(self, network: Generator) -> dict:
+        """IoU on the target's validation split."""
+        how = {"device": self.device, "amp": self.amp, "workers": self.workers}
+        confusion = evaluation.evaluate(network, self.val, self.table, **how)
+        return evaluation.report(confusion, self.source, self.val)
 
 
-def set_rates(opt_g, opt_d, step: int, hyper: clan.Hyper) -> None:
-    lr_g, lr_d = clan.learning_rates(step, hyper)
-    opt_g.param_groups[0]["lr"] = lr_g
-    opt_g.param_groups[1]["lr"] = lr_g * hyper.head_lr
-    opt_d.param_groups[0]["lr"] = lr_d
+def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: Console) -> Run:
+    """Data, networks and optimizers: from the seed and --init, or with resume from a checkpoint."""
+    torch.manual_seed(settings.seed)
+    gpu = settings.device == "auto" and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else settings.device.replace("auto", "cpu"))
+    amp = settings.amp == "bf16" or (settings.amp == "auto" and device.type == "cuda")
+    source, target, val = open_all(settings)
+    table, _, left_out = data.shared_classes(source, val)
+    workers = settings.workers
+    if workers < 0:
+        drawn = settings.src == settings.tgt == "streets"
+        workers = 0 if drawn else min(8, os.cpu_count() or 1)
 
-
-def ignore_sigint(worker: int) -> None:
-    """Ctrl-C reaches the loop alone, which then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    G = Generator(settings.backbone, len(source.classes), settings.lineage)
+    D = Discriminator(len(source.classes), hyper.d_channels)
+    if settings.init != "none" and not resume:
+        load_weights(G, settings.init, say=console.print)
+    G = G.to(device, memory_format=torch.channels_last)
+    D = D.to(device, memory_format=torch.channels_last)
+    opt_g, opt_d = build_optimizers(G, D, hyper)
+    console.print(
+        f"{settings.src} ({len(source)} images) to {settings.tgt} ({len(target)}), "
+        f"{settings.backbone}, {hyper.method}, {device}, into {settings.out}",
+        soft_wrap=True,
+    )
+    if left_out:
+        console.print(f"not scored, on one side only: {', '.join(left_out)}", soft_wrap=True)
+    if resume:
+        unpack(load_file(resume), G, D, opt_g, opt_d)
+    parts = (settings, hyper, device, amp, workers, source, target, val, table)
+    return Run(*parts, G, D, opt_g, opt_d)
 
 
 def open_all(settings: Settings):
@@ -352,111 +401,48 @@ def open_all(settings: Settings):
     )
     val = data.open_dataset(settings.tgt, "target", "val", tgt_dir, target.size)
     src_size = settings.src_size
-    if settings.src == "streets" and not src_size:
-        src_size = target.size if target.name != "cityscapes" else (256, 512)
+    if settings.src == "streets" and not src_size:  # drawn at the size of its target
+        src_size = target.size
     source = data.open_dataset(
         settings.src, "source", "train", folder(settings.src, settings.src_dir), src_size
     )
     return source, target, val
 
 
-def train(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: Console) -> dict:
-    """One run, from its first step or from a checkpoint, to its score."""
-    torch.manual_seed(settings.seed)
-    gpu = settings.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else settings.device.replace("auto", "cpu"))
-    amp = settings.amp == "bf16" or (settings.amp == "auto" and device.type == "cuda")
-    compiled = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
-    source, target, val = open_all(settings)
-    table, _, left_out = data.shared_classes(source, val)
-
-    G = Generator(settings.backbone, len(source.classes), settings.lineage)
-    D = Discriminator(len(source.classes), hyper.d_channels)
-    if settings.init != "none" and not resume:
-        load_weights(G, settings.init, say=console.print)
-    G = G.to(device, memory_format=torch.channels_last)
-    D = D.to(device, memory_format=torch.channels_last)
-    opt_g, opt_d = build_optimizers(G, D, hyper)
-    about = {"classes": source.classes, "tgt_size": target.size, "commit": commit()}
-    about |= {"settings": asdict(settings) | asdict(hyper)}
-    start, out = 0, settings.out
-    out.mkdir(parents=True, exist_ok=True)
-    if resume:
-        start = evaluation.read_metadata(resume)["step"]
-        unpack(load_file(resume), G, D, opt_g, opt_d)
-    elif any(out.glob("*.safetensors")):
-        raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
-    console.print(f"{settings.src} ({len(source)} images) to {settings.tgt} ({len(target)}), "
-                  f"{settings.backbone}, {hyper.method}, {device}, into {out}")  # fmt: skip
-    if left_out:
-        console.print(f"not scored, on one side only: {', '.join(left_out)}")
-
-    log = Log(out / "metrics.jsonl", start, hyper, settings.log_every, console)
-    stop = Stop()
-
-    def score() -> dict:
-        confusion = evaluation.evaluate(G, val, table, device=device, amp=amp, workers=workers)
-        return evaluation.report(confusion, source, val)
-
-    def checkpoint(step: int, name: str | None = None) -> Path:
-        log.flush()
-        path = out / (name or f"step_{step:07d}.safetensors")
-        save(path, pack(G, D, opt_g, opt_d), about | {"step": step})
-        for old in sorted(out.glob("step_*.safetensors"))[: -settings.keep]:
-            old.unlink()
-        return path
-
-    workers = settings.workers
-    if workers < 0:
-        workers = (
-            min(8, os.cpu_count() or 1) if (settings.src, settings.tgt) != ("streets",) * 2 else 0
-        )
-    batches = torch.utils.data.DataLoader(
-        data.Steps(source, target, hyper, seed=settings.seed), batch_size=None,
-        sampler=range(start, hyper.steps), num_workers=workers, worker_init_fn=ignore_sigint,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-    g_step = torch.compile(clan.g_step) if compiled else clan.g_step
-    d_step = torch.compile(clan.d_step) if compiled else clan.d_step
-
-    with log.bar:
-        for step, batch in zip(range(start, hyper.steps), batches, strict=True):
-            G.train()
-            statistics = clan.uses_batch_statistics(step, hyper)
-            set_batchnorm(G, train_affine=hyper.bn_affine, batch_statistics=statistics)
-            set_rates(opt_g, opt_d, step, hyper)
-            batch = to_device(batch, device)
-
-            with autocast:
-                loss, terms, predictions = g_step(G, D, batch, step, hyper)  # Eq. 6
-            opt_g.zero_grad()
-            loss.backward()
-            opt_g.step()
-
-            if predictions is not None:
-                with autocast:
-                    loss, d_terms = d_step(D, predictions)  # Eq. 5, or 2
-                opt_d.zero_grad()
-                loss.backward()
-                opt_d.step()
-                terms |= d_terms
-
-            log.add(step, terms, images=2 * hyper.batch if predictions else hyper.batch)
-            done = step + 1
-            if done == hyper.adv_start and hyper.method != "source":
-                checkpoint(done, BEFORE)
-                log.record({"step": done, "target_miou": score()["miou"]})
-            if settings.eval_every and done % settings.eval_every == 0 and done < hyper.steps:
-                log.record({"step": done, "target_miou": score()["miou"]})
-            if done % settings.save_every == 0 or done == hyper.steps or stop.asked:
-                path = checkpoint(done)
-            if stop.asked and done < hyper.steps:
-                raise Stopped(f"stopped after step {done}; go on: --resume {path.parent}")
-    return finish(settings, G, val, table, source, device, amp, workers, console)
+def build_optimizers(G, D, hyper: clan.Hyper):
+    """SGD for E and, `head_lr` times as fast, the two heads; Adam for D. Rates: `set_rates`."""
+    groups = [
+        {"params": list(G.E.parameters())},
+        {"params": [*G.C1.parameters(), *G.C2.parameters()]},
+    ]
+    opt_g = torch.optim.SGD(groups, hyper.lr_g, hyper.momentum, weight_decay=hyper.weight_decay_g)
+    betas = (hyper.beta1_d, hyper.beta2_d)
+    opt_d = torch.optim.Adam(D.parameters(), hyper.lr_d, betas, weight_decay=hyper.weight_decay_d)
+    return opt_g, opt_d
 
 
-BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
+def set_rates(opt_g, opt_d, step: int, hyper: clan.Hyper) -> None:
+    lr_g, lr_d = clan.learning_rates(step, hyper)
+    opt_g.param_groups[0]["lr"] = lr_g
+    opt_g.param_groups[1]["lr"] = lr_g * hyper.head_lr
+    opt_d.param_groups[0]["lr"] = lr_d
+
+
+def loader(run: Run, start: int) -> torch.utils.data.DataLoader:
+    """The batches of the steps from `start` on, read ahead by `workers` processes."""
+    return torch.utils.data.DataLoader(
+        data.Steps(run.source, run.target, run.hyper, seed=run.settings.seed),
+        batch_size=None,
+        sampler=range(start, run.hyper.steps),
+        num_workers=run.workers,
+        worker_init_fn=ignore_sigint,
+        pin_memory=run.device.type == "cuda",
+    )
+
+
+def ignore_sigint(worker: int) -> None:
+    """Ctrl-C reaches the loop alone, which then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_device(batch: clan.Batch, device) -> clan.Batch:
@@ -467,32 +453,110 @@ def to_device(batch: clan.Batch, device) -> clan.Batch:
     return clan.Batch(source, labels.long(), target, size)
 
 
-def finish(settings, G, val, table, source, device, amp, workers, console) -> dict:
-    """Score the last weights, show them beside those before adaptation, and write it all down."""
-    out, networks, columns = settings.out, {}, {}
+BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
 
-    def score(network) -> dict:
-        how = {"device": device, "amp": amp, "workers": workers}
-        return evaluation.report(evaluation.evaluate(network, val, table, **how), source, val)
 
+def checkpoint(run: Run, log: Log, step: int, name: str | None = None) -> None:
+    """Save everything, but no weights of a loss that was not finite; then drop the oldest."""
+    log.flush()
+    about = {"classes": run.source.classes, "tgt_size": run.target.size, "commit": commit()}
+    about |= {"settings": asdict(run.settings) | asdict(run.hyper), "step": step}
+    tensors = pack(run.G, run.D, run.opt_g, run.opt_d)
+    save(run.out / (name or f"step_{step:07d}.safetensors"), tensors, about)
+    for old in sorted(run.out.glob("step_*.safetensors"))[: -run.settings.keep]:
+        old.unlink()
+
+
+def loop(run: Run, start: int, log: Log, stop: Stop) -> None:
+    """The training itself: alternate steps of G and of D (Eq. 7), from `start` to the end."""
+    settings, hyper, device = run.settings, run.hyper, run.device
+    G, D, opt_g, opt_d = run.G, run.D, run.opt_g, run.opt_d
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.amp)
+    compiled = settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
+    g_step = torch.compile(clan.g_step) if compiled else clan.g_step
+    d_step = torch.compile(clan.d_step) if compiled else clan.d_step
+
+    for step, batch in zip(range(start, hyper.steps), loader(run, start), strict=True):
+        batch = to_device(batch, device)
+        set_rates(opt_g, opt_d, step, hyper)
+        G.train()
+        statistics = clan.uses_batch_statistics(step, hyper)
+        set_batchnorm(G, train_affine=hyper.bn_affine, batch_statistics=statistics)
+
+        with autocast:
+            loss, terms, predictions = g_step(G, D, batch, step, hyper)  # Eq. 6
+        opt_g.zero_grad()
+        loss.backward()
+        opt_g.step()
+
+        if predictions is not None:
+            with autocast:
+                loss, d_terms = d_step(D, predictions)  # Eq. 5, or Eq. 2
+            opt_d.zero_grad()
+            loss.backward()
+            opt_d.step()
+            terms |= d_terms
+
+        done = step + 1
+        log.add(done, terms, images=hyper.batch * (1 if predictions is None else 2))
+        adapts_next = done == hyper.adv_start and hyper.method != "source"
+        if adapts_next:
+            checkpoint(run, log, done, BEFORE)
+        due = settings.eval_every and done % settings.eval_every == 0 and done < hyper.steps
+        if adapts_next or due:
+            log.record({"step": done, "target_miou": run.score(G)["miou"]})
+        if done % settings.save_every == 0 or done == hyper.steps or stop.asked:
+            checkpoint(run, log, done)
+        if stop.asked and done < hyper.steps:
+            raise Stopped(f"stopped after step {done}; go on with --resume {run.out}")
+
+
+def finish(run: Run, console: Console) -> dict:
+    """Score the last weights beside those before adaptation, and write table and picture."""
+    networks, out = {}, run.out
     if (out / BEFORE).exists():
         before, _ = evaluation.load_generator(out / BEFORE, say=lambda _: None)
-        networks["before"] = before.to(device)
-        columns["before"] = score(networks["before"])
-    networks["after"], columns["after"] = G, score(G)
-    checkpoint = evaluation.newest_checkpoint(out)
-    meta = evaluation.read_metadata(checkpoint)["settings"]
-    paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, meta["method"])
-    columns["paper"] = evaluation.percent(paper)
-    console.print(evaluation.score_table(f"IoU on {settings.tgt} val, %", columns))
-    result = columns["after"] | {"checkpoint": str(checkpoint), "settings": meta}
+        networks["before"] = before.to(run.device, memory_format=torch.channels_last)
+    networks["after"] = run.G
+    columns = {name: run.score(network) for name, network in networks.items()}
+    settings = run.settings
+    paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, run.hyper.method)
+    title = f"IoU on {settings.tgt} val, %"
+    console.print(evaluation.score_table(title, columns | {"paper": paper}))
+
+    path = evaluation.newest_checkpoint(out)
+    result = columns["after"] | {
+        "checkpoint": str(path),
+        "settings": evaluation.read_metadata(path)["settings"],
+    }
     if "before" in columns:
         result["miou_before"] = columns["before"]["miou"]
     (out / "eval.json").write_text(json.dumps(result, indent=1))
-    evaluation.draw(out / "result.png", val, table, networks, device, source.classes)
-    for name in (checkpoint.name, "eval.json", "result.png", "metrics.jsonl"):
+    evaluation.draw(
+        out / "result.png", run.val, run.table, networks, run.device, run.source.classes
+    )
+    for name in (path.name, "eval.json", "result.png", "metrics.jsonl"):
         console.print(f"wrote {out / name}", soft_wrap=True)
     return result
+
+
+def train(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: Console) -> dict:
+    """One run, from its first step or from a checkpoint, to its score (as in eval.json)."""
+    out = settings.out
+    if not resume and any(out.glob("*.safetensors")):
+        raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
+    start = evaluation.read_metadata(resume)["step"] if resume else 0
+    run = prepare(settings, hyper, resume, console)
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out / "metrics.jsonl", start, hyper, settings.log_every, console)
+    try:
+        with log.bar:
+            loop(run, start, log, Stop())
+    except FloatingPointError as error:
+        saved = sorted(out.glob("step_*.safetensors"))
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved before"
+        raise FloatingPointError(f"{error}; {last}; try a smaller --lr-g or --amp off") from error
+    return finish(run, console)
 
 
 def main(argv=None) -> None:
@@ -505,6 +569,9 @@ def main(argv=None) -> None:
         train(settings, hyper, resume, console)
     except Stopped as stopped:
         print(stopped)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped at once, without saving; go on from the last checkpoint with --resume")
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
