@@ -60,6 +60,17 @@ def iou(confusion: torch.Tensor) -> torch.Tensor:
 # Running a network over a split.
 
 
+def find_device(name: str = "auto") -> torch.device:
+    """cpu, cuda, cuda:1, or for "auto" the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises differs by its build
+        first = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not to be had here ({first}): use cpu") from error
+
+
 @torch.no_grad()
 def predict(G, images: torch.Tensor, sizes, amp: bool = False) -> list[torch.Tensor]:
     """Train ids (uint8 H W) of B 3 h w uint8 images, each at its own full size of `sizes`.
@@ -263,9 +274,9 @@ def evaluate_main(args: argparse.Namespace) -> None:
         saved = settings.get(key) if settings.get(key.split("_")[0]) == name else None
         return own or (saved and Path(saved)) or data.default_folder(name, args.data)
 
-    target = data.open_dataset(
-        tgt, "target", args.split, folder_of(tgt, args.tgt_dir, "tgt_dir"), size=args.tgt_size
-    )
+    size = args.tgt_size or (meta.get("tgt_size") if tgt == settings.get("tgt") else None)
+    tgt_dir = folder_of(tgt, args.tgt_dir, "tgt_dir")
+    target = data.open_dataset(tgt, "target", args.split, tgt_dir, size)
     source = source_classes(src, meta, folder_of(src, args.src_dir, "src_dir"))
     G, _ = load_generator(
         path,
@@ -274,7 +285,7 @@ def evaluate_main(args: argparse.Namespace) -> None:
         classes=source.classes,
         say=console.print,
     )
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device)
     G = G.to(device, memory_format=torch.channels_last)
     table, _, _ = data.shared_classes(source, target)
     save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
@@ -326,7 +337,7 @@ def predict_main(args: argparse.Namespace) -> None:
     path = newest_checkpoint(args.run)
     G, meta = load_generator(path, backbone=args.backbone, lineage=args.lineage, say=console.print)
     classes = meta.get("classes", data.CLASSES)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device)
     G = G.to(device, memory_format=torch.channels_last)
     paths = sorted(p for p in args.images.rglob("*") if p.suffix.lower() in data.SUFFIXES)
     if not paths:
@@ -353,7 +364,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("run", type=Path, help="a run folder or a file of weights")
     top.add_argument("--backbone", default="r101", help="for weights that do not say theirs")
     top.add_argument("--lineage", help="for weights that do not say theirs")
-    top.add_argument("--device", help="cpu or cuda; the GPU if there is one")
+    top.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if any")
     return top
 
 

@@ -359,8 +359,7 @@ class Run:
 def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: Console) -> Run:
     """Data, networks and optimizers: from the seed and --init, or with resume from a checkpoint."""
     torch.manual_seed(settings.seed)
-    gpu = settings.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else settings.device.replace("auto", "cpu"))
+    device = evaluation.find_device(settings.device)
     amp = settings.amp == "bf16" or (settings.amp == "auto" and device.type == "cuda")
     source, target, val = open_all(settings)
     table, _, left_out = data.shared_classes(source, val)
