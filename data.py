@@ -449,7 +449,7 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, i: int):
         image, label = image_at(self.dataset, i), label_at(self.dataset, i)
         check_pair(self.dataset, i, image, label)
-        resized = np.ascontiguousarray(resize(image, self.dataset.size))
+        resized = np.array(resize(image, self.dataset.size))  # a copy that torch may write to
         return i, torch.from_numpy(resized).permute(2, 0, 1), torch.from_numpy(label.copy())
 
 

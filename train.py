@@ -83,8 +83,9 @@ def defaults(settings: Settings) -> dict:
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False}
         change |= {"lambda_adv": 0.02, "lr_d": 1e-4, "d_channels": 32}
     if settings.backbone == "lite0":
-        change |= {"steps": 650, "adv_start": 400, "batch": 2, "lr_g": 0.005, "head_lr": 2.0}
-        change |= {"bn_affine": True, "batchnorm": "running", "crop": False, "jitter": 0.2}
+        change |= {"steps": 600, "adv_start": 350, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
+        change |= {"bn_affine": True, "batchnorm": "before", "crop": False, "warmup": 0.05}
+        change |= {"jitter": 0.2}
         change |= {"lambda_adv": 0.005, "lr_d": 1e-4, "d_channels": 32}
     return change
 
