@@ -73,6 +73,14 @@ FREE = {"data", "src_dir", "tgt_dir", "out", "device", "amp", "compile", "worker
 FREE |= {"eval_every", "save_every", "keep"}
 
 
+# Fields of Hyper without a meaning for a method: giving one is a contradiction.
+CLAN_ONLY = {"lambda_weight", "weight_offset", "weight_biases", "lambda_local", "eps"}
+CLAN_ONLY |= {"adaptive_start", "detach_m"}
+ADVERSARIAL = {"adv_start", "lambda_adv", "damping", "minimax", "d_channels", "lr_d", "d_schedule"}
+ADVERSARIAL |= {"beta1_d", "beta2_d", "weight_decay_d"}
+NOT_USED_BY = {"tan": CLAN_ONLY, "source": CLAN_ONLY | ADVERSARIAL}
+
+
 def defaults(settings: Settings) -> dict:
     """What the data set and the backbone change in the recipe; flags come on top."""
     change = {}
@@ -99,6 +107,10 @@ def comments(cls) -> dict[str, str]:
     return dict(found)
 
 
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def add_flags(parser: argparse.ArgumentParser, cls) -> None:
     """A flag for each field; one not given stays out of the parsed arguments."""
     group, help_of = parser.add_argument_group(cls.__name__), comments(cls)
@@ -117,8 +129,7 @@ def add_flags(parser: argparse.ArgumentParser, cls) -> None:
         else:
             options = {"type": kind}
         text = f"{help_of[field.name]} [{field.default}]".replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
+        group.add_argument(flag_of(field.name), help=text, default=argparse.SUPPRESS, **options)
 
 
 def parse(argv) -> tuple[dict, Path | None]:
@@ -156,8 +167,9 @@ def configure(given: dict) -> tuple[Settings, clan.Hyper]:
     if own.get("out") is None:
         name = f"{settings.src}-{settings.tgt}-{settings.backbone}-{method}-seed{settings.seed}"
         own["out"] = Path("runs") / name
-    if method == "source" and "adv_start" in given:
-        raise ValueError("--adv-start has no meaning with --method source: drop one of the two")
+    idle = [flag_of(name) for name in given if name in NOT_USED_BY.get(method, ())]
+    if idle:
+        raise ValueError(f"--method {method} does not use {', '.join(idle)}: drop one of the two")
     return Settings(**own), clan.Hyper(**hyper | {k: v for k, v in given.items() if k not in names})
 
 
@@ -170,7 +182,7 @@ def resumed(given: dict, resume: Path) -> tuple[dict, Path]:
         raise ValueError(f"{path} is no checkpoint of train.py: use it with --init")
     before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items()}
     changed = [
-        f"--{k.replace('_', '-')} {v} (was {before[k]})"
+        f"{flag_of(k)} {v} (was {before[k]})"
         for k, v in given.items()
         if k not in FREE and v != before[k]
     ]
