@@ -43,7 +43,7 @@ class Hyper:
     detach_m: bool = False  # stop the gradient through M in G's loss (paper: not said; code: flows)
     lambda_adv: float = 0.001  # weight of Eq. 5 in Eq. 6
     damping: bool = False  # scale Eq. 4 and 5 in G's loss by (1 - step / steps)
-    minimax: bool = False  # G ascends Eq. 5 as printed; else descends -log D(target), as [41]
+    minimax: bool = False  # G ascends Eq. 5 as printed; else descends -log D(target), as TAN
 
     lr_g: float = 2.5e-4  # SGD, initial rate
     momentum: float = 0.9  # SGD
@@ -74,8 +74,8 @@ class Hyper:
         require(self.steps >= 1 and self.batch >= 1, "steps and batch must be at least 1")
         require(
             self.method == "source" or 0 <= self.adv_start < self.steps,
-            f"adv_start {self.adv_start} must lie in [0, steps = {self.steps}) for method "
-            f"{self.method}: no step would be adversarial; use method source for that",
+            f"adv_start {self.adv_start} must lie in [0, steps = {self.steps}): no step would be "
+            "adversarial; give a smaller adv_start (--adv-start), or method source",
         )
         require(
             len(self.scales) == len(self.scale_probs)
@@ -84,9 +84,15 @@ class Hyper:
             and abs(sum(self.scale_probs) - 1) < 1e-6,
             f"scales {self.scales} need as many scale_probs, of sum 1, not {self.scale_probs}",
         )
+        require(self.d_channels >= 1, "d_channels must be at least 1")
+        require(
+            self.momentum < 1 and self.beta1_d < 1 and self.beta2_d < 1, "a momentum is below 1"
+        )
         for name in ("adaptive_start", "warmup", "mirror", "jitter"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1]")
-        for name in ("lr_g", "lr_d", "weight_decay_g", "weight_decay_d", "lambda_adv", "eps"):
+        rates = ("lr_g", "lr_d", "head_lr", "weight_decay_g", "weight_decay_d", "power")
+        shares = ("momentum", "beta1_d", "beta2_d", "gamma")
+        for name in (*rates, *shares, "lambda_adv", "lambda_local", "lambda_weight", "eps"):
             require(getattr(self, name) >= 0, f"{name} must not be negative")
 
 
@@ -144,8 +150,10 @@ def is_adaptive(step: int, hyper: Hyper) -> bool:
 
 def uses_batch_statistics(step: int, hyper: Hyper) -> bool:
     """Whether BatchNorm normalises with the statistics of the batch in this step."""
-    if hyper.batchnorm == "before":
-        return not is_adversarial(step, hyper)
+    if (
+        hyper.batchnorm == "before"
+    ):  # for the source-only baseline too: it differs by its loss alone
+        return step < hyper.adv_start
     return hyper.batchnorm == "batch"
 
 
@@ -158,7 +166,7 @@ class Batch(NamedTuple):
     """
 
     source: torch.Tensor  # B 3 H' W' images
-    labels: torch.Tensor  # B H W int64, train ids of the source
+    labels: torch.Tensor  # B H W integers, train ids of the source
     target: torch.Tensor | None  # B 3 H' W' images, no labels
     target_size: tuple[int, int] | None  # H W
 
@@ -196,9 +204,10 @@ def g_step(G, D, batch: Batch, step: int, hyper: Hyper):
     `seg`, `weight`, `adv` and the mean of the map, `m`); Predictions, or None before adv_start.
     """
     strength = 1 - progress(step, hyper) if hyper.damping else 1.0
-    logits_1, logits_2 = (upsample(x, batch.labels.shape[-2:]) for x in G(batch.source))
+    labels = batch.labels.long()
+    logits_1, logits_2 = (upsample(x, labels.shape[-2:]) for x in G(batch.source))
     heads = [logits_1 + logits_2] if hyper.seg_heads == "ensemble" else [logits_1, logits_2]
-    loss = sum(segmentation_loss(x, batch.labels, gamma=hyper.gamma) for x in heads)  # Eq. 3
+    loss = sum(segmentation_loss(x, labels, gamma=hyper.gamma) for x in heads)  # Eq. 3
     terms = {"seg": loss.detach()}
 
     if hyper.method == "clan":

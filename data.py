@@ -44,6 +44,7 @@ PALETTE = np.array(
 )
 IGNORE = 255
 UNKNOWN = 254  # marks ids that a data set's labels must not contain
+PHOTOGRAPH_MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr")
 SUFFIXES = (".png", ".jpg", ".jpeg")  # photographs of a folder
 
 
@@ -65,9 +66,7 @@ TRAIN_IDS = {
     "cityscapes": _table((*range(35), 255), _CITYSCAPES),
     "synthia": _table(range(23), _SYNTHIA),
 }
-LABEL_IDS = np.array(
-    _LABEL_IDS, np.uint8
-)  # train id to Cityscapes labelId, for the official scorer
+LABEL_IDS = np.array(_LABEL_IDS, np.uint8)  # by train id, for the official scorer
 
 SYNTHIA_ABSENT = ("terrain", "truck", "train")  # classes that SYNTHIA's labels never show
 SYNTHIA_13 = tuple(c for c in CLASSES if c not in ("wall", "fence", "pole", *SYNTHIA_ABSENT))
@@ -107,11 +106,18 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
+def _header(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): replace this file") from error
+
+
 def read_image(path: Path) -> np.ndarray:
     """A photograph as H W 3 uint8 RGB. Raises ValueError for a file that does not hold one."""
     image = _open(path)
-    if image.mode not in ("RGB", "RGBA", "L", "P", "CMYK") or image.info.get("bits") == 16:
-        raise ValueError(f"{path} has pixels of mode {image.mode}: convert it to 8-bit RGB")
+    if image.mode not in PHOTOGRAPH_MODES or image.info.get("bits") == 16:
+        raise ValueError(f"{path} has 16 bits a colour, or floats: convert it to 8-bit RGB")
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -161,30 +167,34 @@ def open_dataset(
     name: gta5, synthia, cityscapes, streets or folder. role: "source" or "target" (streets draws
     its game or its city accordingly). split: train, val or, for Cityscapes, test. folder: the data
     set's own folder. size: H W to resize to instead of the data set's own. labels: whether label
-    files must be there; a training target needs none.
+    files must be there: a training target needs none (False); None leaves it to the reading.
     """
     if name not in OPENERS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(OPENERS)}")
     if name != "streets" and not (folder and Path(folder).is_dir()):
-        raise ValueError(f"the folder {folder} of the data set {name} is missing: {LAYOUTS[name]}")
+        raise ValueError(
+            f"the folder {folder} of the data set {name} is missing: {LAYOUTS[name]}{HOW}"
+        )
     return OPENERS[name](folder and Path(folder), role, split, size and tuple(size), labels)
 
 
 LAYOUTS = {
-    "gta5": "put images/ and labels/ into GTA5/ under --data, or name their folder by --src-dir",
+    "gta5": "put images/ and labels/ into GTA5/ under --data, or name their own folder",
     "synthia": "put RGB/ and GT/LABELS/ into SYNTHIA/RAND_CITYSCAPES/ under --data, or name "
-    "their folder by --src-dir",
+    "their own folder",
     "cityscapes": "put leftImg8bit/ and gtFine/ into Cityscapes/ under --data, or name their "
-    "folder by --tgt-dir",
-    "folder": "name by --src-dir or --tgt-dir a folder with images/, labels/ and classes.json",
+    "own folder",
+    "folder": "name a folder with images/, labels/ and classes.json",
 }
+HOW = " (--src-dir or --tgt-dir; --dir of data.py)"  # the flags that name a data set's own folder
 
 
-def _pairs(images: list[Path], label_of, labels: bool, where: Path, layout: str) -> tuple:
-    """Sorted (image, label) paths; every missing label is reported at once."""
+def _pairs(images: list[Path], label_of, labels, where: Path, layout: str) -> tuple:
+    """Sorted (image, label) paths; labels as in open_dataset."""
     if not images:
         raise ValueError(f"no image in {where}: {layout}")
-    pairs = tuple((image, label_of(image) if labels else None) for image in sorted(images))
+    wanted = labels is not False
+    pairs = tuple((image, label_of(image) if wanted else None) for image in sorted(images))
     missing = [str(label) for _, label in pairs if labels and not label.is_file()]
     if missing:
         raise ValueError(
@@ -261,7 +271,7 @@ def _open_folder(folder, role, split, size, labels) -> DataSet:
 
     pairs = _pairs(images, label_of, labels, where, LAYOUTS["folder"])
     if size is None:  # the aspect of the first image
-        height, width = read_image(pairs[0][0]).shape[:2]
+        width, height = _header(pairs[0][0]).size
         scale = FOLDER_SHORT_SIDE / min(height, width)
         size = (8 * round(height * scale / 8), 8 * round(width * scale / 8))
     return DataSet("folder", names, names, size, size, pairs)
@@ -288,6 +298,8 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
         names, ignore = content["names"], content.get("ignore", [])
         if not (names and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)):
             raise ValueError("names must be different strings, at least one")
+        if len(names) > UNKNOWN or set(content) - {"names", "ignore"}:
+            raise ValueError("it takes up to 254 names, and no other key than names and ignore")
         if not all(isinstance(i, int) and len(names) <= i <= 255 for i in ignore):
             raise ValueError("ignore must list ids behind those of the names, up to 255")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -301,9 +313,15 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
 # Reading samples.
 
 
-@lru_cache(maxsize=4096)  # every scene of the default run is drawn once
-def _street(index: int, domain: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+@lru_cache(maxsize=4096)  # every scene of the default run is drawn once, in some 90 MB
+def _small_street(index: int, domain: str, size) -> tuple[np.ndarray, np.ndarray]:
     return streets.render(index, domain, size=size)
+
+
+def _street(index: int, domain: str, size) -> tuple[np.ndarray, np.ndarray]:
+    if size[0] * size[1] > 256 * 256:  # a cache would take gigabytes
+        return streets.render(index, domain, size=size)
+    return _small_street(index, domain, size)
 
 
 def image_name(dataset: DataSet, i: int) -> str:
@@ -422,6 +440,23 @@ def batch_at(
     return Batch(images, labels, t_images, t_size)
 
 
+def _or_error(function, *args, **options):
+    """The result, or the ValueError as a value: raised in a worker it arrives as a traceback."""
+    try:
+        return function(*args, **options)
+    except ValueError as error:
+        return error
+
+
+def checked(samples):
+    """What a DataLoader of Steps or Pairs yields; raises the ValueError that took a place in it."""
+    for sample in samples:
+        for part in sample if isinstance(sample, list) else (sample,):
+            if isinstance(part, ValueError):
+                raise part
+        yield sample
+
+
 class Steps(torch.utils.data.Dataset):
     """The batches of a run by step, for a DataLoader with batch_size=None."""
 
@@ -432,9 +467,9 @@ class Steps(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.hyper.steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | ValueError:
         target = self.target if is_adversarial(step, self.hyper) else None
-        return batch_at(step, self.source, target, self.hyper, **self.place)
+        return _or_error(batch_at, step, self.source, target, self.hyper, **self.place)
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -447,10 +482,14 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int):
-        image, label = image_at(self.dataset, i), label_at(self.dataset, i)
-        check_pair(self.dataset, i, image, label)
-        resized = np.array(resize(image, self.dataset.size))  # a copy that torch may write to
-        return i, torch.from_numpy(resized).permute(2, 0, 1), torch.from_numpy(label.copy())
+        return _or_error(_pair_at, self.dataset, i)
+
+
+def _pair_at(dataset: DataSet, i: int):
+    image, label = image_at(dataset, i), label_at(dataset, i)
+    check_pair(dataset, i, image, label)
+    resized = np.array(resize(image, dataset.size))  # a copy that torch may write to
+    return i, torch.from_numpy(resized).permute(2, 0, 1), torch.from_numpy(label.copy())
 
 
 # Class spaces meet by name.
@@ -518,10 +557,12 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         folder = args.dir or default_folder(args.dataset, args.data)
-        dataset = open_dataset(args.dataset, args.role, args.split, folder)
-    except ValueError as error:
+        dataset = open_dataset(args.dataset, args.role, args.split, folder, labels=None)
+        return 1 if check(dataset, Console()) else 0
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    return 1 if check(dataset, Console()) else 0
+    except KeyboardInterrupt:
+        sys.exit("stopped: nothing was written")
 
 
 def default_folder(name: str, data: Path) -> Path | None:

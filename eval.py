@@ -100,9 +100,13 @@ def evaluate(
     confusion = torch.zeros(G.num_classes, G.num_classes, dtype=torch.int64, device=device)
     batch = 16 if dataset.size[0] * dataset.size[1] <= 256 * 512 else 1
     loader = torch.utils.data.DataLoader(
-        data.Pairs(dataset), batch_size=batch, num_workers=workers, collate_fn=list
+        data.Pairs(dataset),
+        batch_size=batch,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # its own: evaluation must not move the training's
     )
-    for pairs in loader:
+    for pairs in data.checked(loader):
         indices, images, labels = zip(*pairs, strict=True)
         images = torch.stack(images).to(device)
         for i, pred, label in zip(
@@ -119,7 +123,11 @@ def scores(confusion: torch.Tensor, classes, scored) -> dict:
     """{"miou", "iou" by name} over the scored classes. A class in neither counts in no mean."""
     by_name = dict(zip(classes, iou(confusion).tolist(), strict=True))
     by_name = {name: by_name[name] for name in scored}
-    return {"miou": float(np.nanmean(list(by_name.values()))), "iou": by_name}
+    there = [value for value in by_name.values() if not np.isnan(value)]
+    if not there:
+        raise ValueError(f"no labelled pixel of {', '.join(scored)}: check labels and classes.json")
+    absent_is_none = {k: None if np.isnan(v) else v for k, v in by_name.items()}  # null in JSON
+    return {"miou": float(np.mean(there)), "iou": absent_is_none}
 
 
 # Runs and checkpoints.
@@ -135,13 +143,19 @@ def newest_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
+KEYS = {"settings", "classes", "tgt_size", "step", "commit"}  # what train.py writes beside tensors
+
+
 def read_metadata(path: Path) -> dict:
-    """What train.py wrote into a checkpoint beside the tensors, {} for weights of other origin."""
+    """What train.py wrote into a checkpoint, by KEYS; {} for weights of other origin."""
     if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
+            found = file.metadata() or {}
+            if not found.keys() >= KEYS:
+                return {}
+            return {key: json.loads(found[key]) for key in KEYS}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is no readable checkpoint ({error}): use an older one of the run"
@@ -163,7 +177,7 @@ def load_generator(path: Path, *, backbone="r101", lineage=None, classes=data.CL
 
 
 def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
-    """The paper's {"miou", "iou"} for the same task, backbone and method, if it has one."""
+    """The paper's scores for the same task, backbone and method, if it has them."""
     if tgt != "cityscapes" or src not in ("gta5", "synthia"):
         return None
     tables = json.loads((Path(__file__).parent / "docs" / "paper_tables.json").read_text())
@@ -172,7 +186,8 @@ def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
     for row in tables[src]:
         if row["method"] == name and row["backbone"] == backbone:
             by_name = {short.get(k, k): v / 100 for k, v in row["iou"].items()}
-            return {"miou": row["miou"] / 100, "iou": by_name}
+            mean = "miou_13" if src == "synthia" else "miou"  # Table 2 has 13 classes
+            return {mean: row["miou"] / 100, "iou": by_name}
     return None
 
 
@@ -185,15 +200,14 @@ def score_table(title: str, columns: dict[str, dict | None]) -> Table:
     for name in next(iter(columns.values()))["iou"]:
         table.add_row(name, *(_percent(c["iou"].get(name)) for c in columns.values()))
     table.add_section()
-    for key in ("miou", "miou_13"):
+    for key, label in (("miou", "mIoU"), ("miou_13", "mIoU, 13 classes")):
         if any(key in c for c in columns.values()):
-            label = key.replace("miou_13", "mIoU (13 classes)").replace("miou", "mIoU")
             table.add_row(label, *(_percent(c.get(key)) for c in columns.values()), style="bold")
     return table
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None or np.isnan(value) else f"{100 * value:.1f}"
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def palette_of(classes) -> np.ndarray:
@@ -299,11 +313,13 @@ def evaluate_main(args: argparse.Namespace) -> None:
     if result["left_out"]:
         console.print(f"left out, on one side only: {', '.join(result['left_out'])}")
     result |= {"checkpoint": str(path), "settings": settings}
-    (out / "eval.json").write_text(json.dumps(result, indent=1))
-    draw(out / "eval.png", target, table, {"prediction": G}, device, source.classes)
+    own = (tgt, args.split) == (settings.get("tgt"), "val")
+    name = "eval" if own else f"eval-{tgt}-{args.split}"  # another score than the run's own
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1))
+    draw(out / f"{name}.png", target, table, {"prediction": G}, device, source.classes)
     console.print(
         f"{path}: mIoU {100 * result['miou']:.1f} over {len(target)} images; "
-        f"{out / 'eval.json'}, {out / 'eval.png'}",
+        f"{out / name}.json and .png",
         soft_wrap=True,
     )
 
@@ -312,6 +328,8 @@ def source_classes(src: str, meta: dict, folder: Path | None) -> data.DataSet:
     """The source as far as evaluation needs it: its class names. A checkpoint carries them."""
     classes = tuple(meta.get("classes", data.CLASSES))
     if not meta and src == "folder":
+        if folder is None:
+            raise ValueError("the classes of these weights are unknown: name their --src-dir")
         classes, _ = data.read_classes(Path(folder) / "classes.json")
     absent = data.SYNTHIA_ABSENT if src == "synthia" else ()
     labelled = tuple(c for c in classes if c not in absent)
@@ -343,11 +361,17 @@ def predict_main(args: argparse.Namespace) -> None:
     if not paths:
         raise ValueError(f"no png, jpg or jpeg in {args.images}: name a folder of photographs")
     short = args.short_side or min(meta.get("tgt_size", (512,)))
+    names = [p.with_suffix("") for p in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} exists with two endings, for one mask: rename one of them")
+    if args.short_side is not None and args.short_side < 32:
+        raise ValueError(f"--short-side {args.short_side} is too small: give at least 32")
     for file in track(paths, "predicting", console=console):
         image = data.read_image(file)
         scale = short / min(image.shape[:2])
         size = tuple(max(32, round(s * scale)) for s in image.shape[:2])
-        small = torch.from_numpy(np.ascontiguousarray(data.resize(image, size)))
+        small = torch.from_numpy(np.array(data.resize(image, size)))
         pred = predict(G, small.permute(2, 0, 1)[None].to(device), [image.shape[:2]])[0]
         pred = pred.cpu().numpy()
         target = args.out / file.relative_to(args.images).with_suffix("")
@@ -392,6 +416,8 @@ def main(argv=None) -> None:
         run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped before the end: the scores were not written")
 
 
 if __name__ == "__main__":

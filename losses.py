@@ -4,8 +4,10 @@ Each takes tensors and floats and returns a tensor, needs `torch` alone and can 
 itself. Each works on any device and batch size and computes in float32 at least, whatever comes in.
 
     loss = segmentation_loss(logits_1 + logits_2, labels)                    # Eq. 3
-    weight = 40 * discrepancy_map(p1, p2) + 0.4                              # Eq. 5
-    loss = loss + 0.001 * adversarial_loss(D(p), is_source=True, weight=weight)
+    weight = 40 * discrepancy_map(p1, p2) + 0.4                # Eq. 5, p1 and p2 of the target
+    loss = loss + 0.001 * adversarial_loss(d_logits, is_source=True, weight=weight)
+
+d_logits is D's answer to the target's prediction, resized to the weight's grid.
 
 Shapes: B images, C classes, H W pixels.
 """
@@ -55,9 +57,9 @@ def weight_discrepancy(weights_1, weights_2) -> torch.Tensor:
         raise ValueError(f"the classifiers differ in size: {w1.numel()} and {w2.numel()} weights")
     dtype = torch.promote_types(w1.dtype, torch.float32)
     w1, w2 = w1.to(dtype), w2.to(dtype)
-    tiny = torch.finfo(dtype).tiny
-    cosine = (w1 / w1.norm().clamp(min=tiny)) @ (w2 / w2.norm().clamp(min=tiny))  # Eq. 4
-    return cosine.clamp(-1, 1)
+    n1, n2 = w1.norm(), w2.norm()
+    u1, u2 = w1 / n1.where(n1 > 0, 1), w2 / n2.where(n2 > 0, 1)
+    return (u1 * u2).sum().clamp(-1, 1)  # Eq. 4; not a matmul: autocast would round it
 
 
 def discrepancy_map(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
@@ -71,9 +73,8 @@ def discrepancy_map(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"the predictions differ in shape: {tuple(p1.shape)}, {tuple(p2.shape)}")
     dtype = torch.promote_types(p1.dtype, torch.float32)
     p1, p2 = p1.to(dtype), p2.to(dtype)
-    tiny = torch.finfo(dtype).tiny
-    u1 = p1 / p1.norm(dim=1, keepdim=True).clamp(min=tiny)
-    u2 = p2 / p2.norm(dim=1, keepdim=True).clamp(min=tiny)
+    n1, n2 = p1.norm(dim=1, keepdim=True), p2.norm(dim=1, keepdim=True)
+    u1, u2 = p1 / n1.where(n1 > 0, 1), p2 / n2.where(n2 > 0, 1)
     # 1 - cos(p1, p2) = |u1 - u2|^2 / 2 for unit vectors: exact where the two nearly agree.
     m = (u1 - u2).square().sum(dim=1, keepdim=True) / 2  # B 1 H W
     return m.clamp(max=1)

@@ -37,7 +37,7 @@ import eval as evaluation
 from models import Discriminator, Generator, lineage_for, load_weights, set_batchnorm
 
 Source = Literal["gta5", "synthia", "cityscapes", "streets", "folder"]
-Target = Literal["gta5", "synthia", "cityscapes", "streets", "folder", "auto"]
+Target = Literal["cityscapes", "streets", "folder", "auto"]  # those with a split to score on
 Backbone = Literal["r101", "vgg16", "tiny", "lite0", "auto"]
 
 
@@ -67,16 +67,27 @@ class Settings:
     save_every: int = 1000  # steps between checkpoints
     keep: int = 3  # checkpoints kept
 
+    def __post_init__(self):
+        for name, least in (("log_every", 1), ("save_every", 1), ("keep", 1), ("eval_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{flag_of(name)} must be at least {least}")
+        if self.seed < 0:
+            raise ValueError("--seed must not be negative")
+        for side in ("src", "tgt"):
+            if getattr(self, side) == "streets" and getattr(self, f"{side}_dir"):
+                raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
 
-# Settings that a resumed run may change: they do not enter its result.
-FREE = {"data", "src_dir", "tgt_dir", "out", "device", "amp", "compile", "workers", "log_every"}
+
+# Settings that a resumed run may change: where things lie and run, and what is written when.
+# (Another device rounds differently; the bit-for-bit promise is for the same one.)
+FREE = {"data", "src_dir", "tgt_dir", "out", "device", "compile", "workers", "log_every"}
 FREE |= {"eval_every", "save_every", "keep"}
 
 
 # Fields of Hyper without a meaning for a method: giving one is a contradiction.
 CLAN_ONLY = {"lambda_weight", "weight_offset", "weight_biases", "lambda_local", "eps"}
 CLAN_ONLY |= {"adaptive_start", "detach_m"}
-ADVERSARIAL = {"adv_start", "lambda_adv", "damping", "minimax", "d_channels", "lr_d", "d_schedule"}
+ADVERSARIAL = {"lambda_adv", "damping", "minimax", "d_channels", "lr_d", "d_schedule"}
 ADVERSARIAL |= {"beta1_d", "beta2_d", "weight_decay_d"}
 NOT_USED_BY = {"tan": CLAN_ONLY, "source": CLAN_ONLY | ADVERSARIAL}
 
@@ -167,10 +178,15 @@ def configure(given: dict) -> tuple[Settings, clan.Hyper]:
     if own.get("out") is None:
         name = f"{settings.src}-{settings.tgt}-{settings.backbone}-{method}-seed{settings.seed}"
         own["out"] = Path("runs") / name
+    return Settings(**own), clan.Hyper(**hyper | {k: v for k, v in given.items() if k not in names})
+
+
+def refuse_idle_flags(given: dict) -> None:
+    """No flag is dead: one that the chosen method never reads is a contradiction."""
+    method = given.get("method", "clan")
     idle = [flag_of(name) for name in given if name in NOT_USED_BY.get(method, ())]
     if idle:
         raise ValueError(f"--method {method} does not use {', '.join(idle)}: drop one of the two")
-    return Settings(**own), clan.Hyper(**hyper | {k: v for k, v in given.items() if k not in names})
 
 
 def resumed(given: dict, resume: Path) -> tuple[dict, Path]:
@@ -244,6 +260,7 @@ def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         save_file(tensors, beside, metadata={"format": "pt"} | text)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
+        beside.chmod(0o644)
         beside.replace(path)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
@@ -270,7 +287,8 @@ class Log:
     """metrics.jsonl and the progress shown: scalars stay on the device until a line is due."""
 
     def __init__(self, path: Path, start: int, hyper: clan.Hyper, every: int, console: Console):
-        lines = path.read_text().splitlines() if start and path.exists() else []
+        text = path.read_text() if start and path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a kill can leave half a line behind
         kept = [line for line in lines if json.loads(line)["step"] <= start]
         path.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
@@ -301,7 +319,7 @@ class Log:
             if not all(map(math.isfinite, terms.values())):
                 shown = ", ".join(f"{k} {v:.4g}" for k, v in terms.items())
                 raise FloatingPointError(f"a loss is not finite at step {step}: {shown}")
-            if step % self.every == 0:
+            if step % self.every == 0 or step == self.hyper.steps:
                 self.record({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()})
                 self.show(step, terms)
         self.pending = []
@@ -326,15 +344,22 @@ class Stopped(Exception):
 class Stop:
     """Ctrl-C or SIGTERM: once asks the loop to save and end, twice ends at once."""
 
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+    asked = False
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.ask) for number in numbers}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, number, frame) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
 
 
 # The run.
@@ -389,8 +414,9 @@ def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console:
     D = D.to(device, memory_format=torch.channels_last)
     opt_g, opt_d = build_optimizers(G, D, hyper)
     console.print(
-        f"{settings.src} ({len(source)} images) to {settings.tgt} ({len(target)}), "
-        f"{settings.backbone}, {hyper.method}, {device}, into {settings.out}",
+        f"{settings.src} ({len(source)} images, {source.size[0]}x{source.size[1]}) to "
+        f"{settings.tgt} ({len(target)}, {target.size[0]}x{target.size[1]}), {settings.backbone}, "
+        f"{hyper.method}, {hyper.steps} steps, {device}, into {settings.out}",
         soft_wrap=True,
     )
     if left_out:
@@ -446,23 +472,25 @@ def loader(run: Run, start: int) -> torch.utils.data.DataLoader:
         data.Steps(run.source, run.target, run.hyper, seed=run.settings.seed),
         batch_size=None,
         sampler=range(start, run.hyper.steps),
+        generator=torch.Generator(),  # its own: a resumed run must not move the networks' one
         num_workers=run.workers,
-        worker_init_fn=ignore_sigint,
+        worker_init_fn=ignore_signals,
         pin_memory=run.device.type == "cuda",
     )
 
 
-def ignore_sigint(worker: int) -> None:
-    """Ctrl-C reaches the loop alone, which then ends its workers."""
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM to the whole group are for the loop, which saves and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_device(batch: clan.Batch, device) -> clan.Batch:
-    """uint8 images travel and are normalised there; labels become the int64 of the losses."""
+    """Bytes travel; normalisation and the labels' int64 wait for the device."""
     source, labels, target, size = batch
     source, labels = (x.to(device, non_blocking=True) for x in (source, labels))
     target = None if target is None else target.to(device, non_blocking=True)
-    return clan.Batch(source, labels.long(), target, size)
+    return clan.Batch(source, labels, target, size)
 
 
 BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
@@ -488,7 +516,8 @@ def loop(run: Run, start: int, log: Log, stop: Stop) -> None:
     g_step = torch.compile(clan.g_step) if compiled else clan.g_step
     d_step = torch.compile(clan.d_step) if compiled else clan.d_step
 
-    for step, batch in zip(range(start, hyper.steps), loader(run, start), strict=True):
+    batches = data.checked(loader(run, start))
+    for step, batch in zip(range(start, hyper.steps), batches, strict=True):
         batch = to_device(batch, device)
         set_rates(opt_g, opt_d, step, hyper)
         G.train()
@@ -516,7 +545,9 @@ def loop(run: Run, start: int, log: Log, stop: Stop) -> None:
             checkpoint(run, log, done, BEFORE)
         due = settings.eval_every and done % settings.eval_every == 0 and done < hyper.steps
         if adapts_next or due:
-            log.record({"step": done, "target_miou": run.score(G)["miou"]})
+            miou = run.score(G)["miou"]
+            log.record({"step": done, "target_miou": miou})
+            log.bar.console.print(f"step {done}: target mIoU {100 * miou:.1f}")
         if done % settings.save_every == 0 or done == hyper.steps or stop.asked:
             checkpoint(run, log, done)
         if stop.asked and done < hyper.steps:
@@ -536,7 +567,7 @@ def finish(run: Run, console: Console) -> dict:
     title = f"IoU on {settings.tgt} val, %"
     console.print(evaluation.score_table(title, columns | {"paper": paper}))
 
-    path = evaluation.newest_checkpoint(out)
+    path = evaluation.newest_checkpoint(out)  # the one that the loop has just written
     result = columns["after"] | {
         "checkpoint": str(path),
         "settings": evaluation.read_metadata(path)["settings"],
@@ -555,17 +586,17 @@ def finish(run: Run, console: Console) -> dict:
 def train(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: Console) -> dict:
     """One run, from its first step or from a checkpoint, to its score (as in eval.json)."""
     out = settings.out
-    if not resume and any(out.glob("*.safetensors")):
+    if (not resume or resume.parent != out) and any(out.glob("*.safetensors")):
         raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
     start = evaluation.read_metadata(resume)["step"] if resume else 0
     run = prepare(settings, hyper, resume, console)
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / "metrics.jsonl", start, hyper, settings.log_every, console)
     try:
-        with log.bar:
-            loop(run, start, log, Stop())
+        with log.bar, Stop() as stop:
+            loop(run, start, log, stop)
     except FloatingPointError as error:
-        saved = sorted(out.glob("step_*.safetensors"))
+        saved = sorted(out.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         last = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved before"
         raise FloatingPointError(f"{error}; {last}; try a smaller --lr-g or --amp off") from error
     return finish(run, console)
@@ -575,6 +606,7 @@ def main(argv=None) -> None:
     given, resume = parse(argv)
     console = Console()
     try:
+        refuse_idle_flags(given)
         if resume is not None:
             given, resume = resumed(given, resume)
         settings, hyper = configure(given)
@@ -583,7 +615,7 @@ def main(argv=None) -> None:
         print(stopped)
         sys.exit(130)
     except KeyboardInterrupt:
-        print("stopped at once, without saving; go on from the last checkpoint with --resume")
+        print("stopped at once; go on from the last checkpoint, if there is one, with --resume")
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
