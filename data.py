@@ -133,6 +133,9 @@ def read_label(path: Path, dataset: str) -> np.ndarray:
                 f"{path} is not a 16-bit RGB PNG but a converted copy (mode {image.mode}), which "
                 "would be mapped twice: use the original files of GT/LABELS"
             )
+        # Pillow decodes one byte of the two at a time, here the high one: no class reaches it.
+        if np.asarray(Image.open(path))[..., 0].any():
+            raise ValueError(f"{path} holds a class above 255: use the original of GT/LABELS")
         return _train_ids(np.asarray(image)[..., 0], TRAIN_IDS[dataset], path)
     return _train_ids(_indices(image, path), TRAIN_IDS[dataset], path)
 
@@ -296,7 +299,12 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names, ignore = content["names"], content.get("ignore", [])
-        if not (names and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)):
+        if not (
+            names
+            and isinstance(names, list)
+            and all(isinstance(n, str) for n in names)
+            and len(set(names)) == len(names)
+        ):
             raise ValueError("names must be different strings, at least one")
         if len(names) > UNKNOWN or set(content) - {"names", "ignore"}:
             raise ValueError("it takes up to 254 names, and no other key than names and ignore")

@@ -313,7 +313,7 @@ def evaluate_main(args: argparse.Namespace) -> None:
     if result["left_out"]:
         console.print(f"left out, on one side only: {', '.join(result['left_out'])}")
     result |= {"checkpoint": str(path), "settings": settings}
-    own = (tgt, args.split) == (settings.get("tgt"), "val")
+    own = not settings or (tgt, args.split) == (settings["tgt"], "val")
     name = "eval" if own else f"eval-{tgt}-{args.split}"  # another score than the run's own
     (out / f"{name}.json").write_text(json.dumps(result, indent=1))
     draw(out / f"{name}.png", target, table, {"prediction": G}, device, source.classes)
