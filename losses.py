@@ -32,15 +32,14 @@ def segmentation_loss(
             "on the same grid: resize the logits to the labels first"
         )
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    labelled = labels != ignore_index
-    index = labels.where(labelled, 0).unsqueeze(1)  # B 1 H W
-    log_p = logits.to(dtype).log_softmax(dim=1).gather(1, index).squeeze(1)  # B H W: log p_iy
+    log_p = logits.to(dtype).log_softmax(dim=1)  # B C H W
+    # Eq. 3: -log p_iy, B H W, and 0 where there is no label
+    nll_loss = torch.nn.functional.nll_loss
+    loss = nll_loss(log_p, labels, ignore_index=ignore_index, reduction="none")
     if gamma > 0:
-        not_p = (-log_p.expm1()).clamp(min=1e-9)  # 1 - p without cancellation
-        loss = -(not_p**gamma) * log_p.clamp(min=-20.723265836946414)  # log 1e-9
-    else:
-        loss = -log_p  # Eq. 3
-    return loss.where(labelled, 0).sum() / labelled.sum().clamp(min=1)
+        not_p = (-(-loss).expm1()).clamp(min=1e-9)  # 1 - p without cancellation
+        loss = not_p**gamma * loss.clamp(max=20.723265836946414)  # -log 1e-9
+    return loss.sum() / (labels != ignore_index).sum().clamp(min=1)
 
 
 def weight_discrepancy(weights_1, weights_2) -> torch.Tensor:
