@@ -286,7 +286,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
 
     def folder_of(name: str, own: Path | None, key: str) -> Path | None:
         saved = settings.get(key) if settings.get(key.split("_")[0]) == name else None
-        return own or (saved and Path(saved)) or data.default_folder(name, args.data)
+        root = args.data or Path(settings.get("data", "data"))
+        return own or (saved and Path(saved)) or data.default_folder(name, root)
 
     size = args.tgt_size or (meta.get("tgt_size") if tgt == settings.get("tgt") else None)
     tgt_dir = folder_of(tgt, args.tgt_dir, "tgt_dir")
@@ -405,7 +406,9 @@ def main(argv=None) -> None:
         command.add_argument("--src", choices=names, help="whose classes G has; the run's own")
         command.add_argument("--tgt", choices=names, help="data set to score on; the run's own")
         command.add_argument("--split", default="val")
-        command.add_argument("--data", type=Path, default=Path("data"), help="folder of data sets")
+        command.add_argument(
+            "--data", type=Path, help="folder of data sets; the run's own, or data"
+        )
         command.add_argument("--src-dir", type=Path, help="the source's own folder")
         command.add_argument("--tgt-dir", type=Path, help="the target's own folder")
         command.add_argument("--tgt-size", type=int, nargs=2, help="H W that the network sees")
