@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from losses import adversarial_loss, discrepancy_map, segmentation_loss, weight_discrepancy
 
 Statistics = Literal["batch", "before", "running"]
+WeightMap = Literal["local", "shuffled", "mean1"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Hyper:
     eps: float = 0.4  # floor of the adaptive weight, Eq. 5
     adaptive_start: float = 0.0  # share of the adversarial steps that use Eq. 2 before Eq. 5
     detach_m: bool = False  # stop the gradient through M in G's loss (paper: not said; code: flows)
+    weight_map: WeightMap = "local"  # Eq. 5's | controls: its pixels shuffled | divided by its mean
     lambda_adv: float = 0.001  # weight of Eq. 5 in Eq. 6
     damping: bool = False  # scale Eq. 4 and 5 in G's loss by (1 - step / steps)
     minimax: bool = False  # G ascends Eq. 5 as printed; else descends -log D(target), as TAN
@@ -196,6 +198,21 @@ def without_gradient(module: torch.nn.Module):
     return lambda x: torch.func.functional_call(module, constants, (x,))
 
 
+def adaptive_weight(m: torch.Tensor, step: int, hyper: Hyper) -> torch.Tensor:
+    """The weight of each pixel's adversarial loss, B 1 H W: lambda_local * M + eps (Eq. 5).
+
+    `weight_map` makes a control of it, to tell where M puts the weight from how much there is:
+    the same weights at other pixels (a new order each step), or scaled to a mean of 1.
+    """
+    weight = hyper.lambda_local * m + hyper.eps
+    if hyper.weight_map == "shuffled":
+        order = torch.randperm(m[0].numel(), generator=torch.Generator().manual_seed(step))
+        weight = weight.flatten(1)[:, order.to(m.device)].view_as(m)
+    elif hyper.weight_map == "mean1":
+        weight = weight / weight.mean()
+    return weight
+
+
 def g_step(G, D, batch: Batch, step: int, hyper: Hyper):
     """The loss of G at this step: Eq. 6, or its first term(s) by `hyper.method`.
 
@@ -226,7 +243,7 @@ def g_step(G, D, batch: Batch, step: int, hyper: Hyper):
         m = discrepancy_map(logits_1.softmax(dim=1), logits_2.softmax(dim=1))  # B 1 H W
         terms["m"] = m.detach().mean()
         if is_adaptive(step, hyper):
-            weight = hyper.lambda_local * (m.detach() if hyper.detach_m else m) + hyper.eps  # Eq. 5
+            weight = adaptive_weight(m.detach() if hyper.detach_m else m, step, hyper)
 
     fixed_D = without_gradient(D)
     d_target = domain_logits(fixed_D, p_target)

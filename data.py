@@ -81,7 +81,7 @@ class DataSet:
     labelled: tuple[str, ...]  # those that its labels can show
     size: tuple[int, int]  # H W that its images are resized to
     crop: tuple[int, int]  # H W of a training crop, for recipes that crop
-    items: tuple  # (image path, label path | None), or (index, domain) of streets
+    items: tuple  # (image path, label path | None), or arguments of streets.render
 
     def __len__(self) -> int:
         return len(self.items)
@@ -163,7 +163,13 @@ def _train_ids(ids: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
 
 
 def open_dataset(
-    name: str, role: str, split: str, folder: Path | None = None, size=None, labels=True
+    name: str,
+    role: str,
+    split: str,
+    folder: Path | None = None,
+    size=None,
+    labels=True,
+    shift: tuple[float, float] = (0.5, 0.5),
 ) -> DataSet:
     """The images of one split, found but not read.
 
@@ -171,13 +177,16 @@ def open_dataset(
     its game or its city accordingly). split: train, val or, for Cityscapes, test. folder: the data
     set's own folder. size: H W to resize to instead of the data set's own. labels: whether label
     files must be there: a training target needs none (False); None leaves it to the reading.
+    shift: how far the city of streets is from its game, in look and in layout, each in [0, 1].
     """
-    if name not in OPENERS:
-        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(OPENERS)}")
+    if name not in NAMES:
+        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(NAMES)}")
     if name != "streets" and not (folder and Path(folder).is_dir()):
         raise ValueError(
             f"the folder {folder} of the data set {name} is missing: {LAYOUTS[name]}{HOW}"
         )
+    if name == "streets":
+        return _open_streets(role, split, size and tuple(size), tuple(shift))
     return OPENERS[name](folder and Path(folder), role, split, size and tuple(size), labels)
 
 
@@ -250,12 +259,12 @@ STREETS = {
 }
 
 
-def _open_streets(folder, role, split, size, labels) -> DataSet:
+def _open_streets(role, split, size, shift) -> DataSet:
     domain = {"source": "game", "target": "city"}[role]
     if (domain, split) not in STREETS:
         raise ValueError(f"streets has no split {split!r}: use train or val")
     first, count = STREETS[domain, split]
-    items = tuple((index, domain) for index in range(first, first + count))
+    items = tuple((index, domain, *shift) for index in range(first, first + count))
     size = size or (64, 128)
     return DataSet("streets", CLASSES, CLASSES, size, size, items)
 
@@ -284,9 +293,9 @@ OPENERS = {
     "gta5": _open_gta5,
     "synthia": _open_synthia,
     "cityscapes": _open_cityscapes,
-    "streets": _open_streets,
     "folder": _open_folder,
 }
+NAMES = (*OPENERS, "streets")
 
 
 @lru_cache
@@ -322,33 +331,34 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 @lru_cache(maxsize=4096)  # every scene of the default run is drawn once, in some 90 MB
-def _small_street(index: int, domain: str, size) -> tuple[np.ndarray, np.ndarray]:
-    return streets.render(index, domain, size=size)
+def _small_street(item: tuple, size) -> tuple[np.ndarray, np.ndarray]:
+    index, domain, shift, layout = item
+    return streets.render(index, domain, size=size, shift=shift, layout=layout)
 
 
-def _street(index: int, domain: str, size) -> tuple[np.ndarray, np.ndarray]:
+def _street(item: tuple, size) -> tuple[np.ndarray, np.ndarray]:
     if size[0] * size[1] > 256 * 256:  # a cache would take gigabytes
-        return streets.render(index, domain, size=size)
-    return _small_street(index, domain, size)
+        return _small_street.__wrapped__(item, size)
+    return _small_street(item, size)
 
 
 def image_name(dataset: DataSet, i: int) -> str:
     """What to call image i in messages and file names."""
-    first, second = dataset.items[i]
+    first, second = dataset.items[i][:2]
     return f"{second}_{first:06d}" if dataset.name == "streets" else str(first)
 
 
 def image_at(dataset: DataSet, i: int) -> np.ndarray:
     """Image i at its own size, H W 3 uint8 RGB."""
     if dataset.name == "streets":
-        return _street(*dataset.items[i], dataset.size)[0]
+        return _street(dataset.items[i], dataset.size)[0]
     return read_image(dataset.items[i][0])
 
 
 def label_at(dataset: DataSet, i: int) -> np.ndarray:
     """Label i at its own size, H W uint8 train ids of `dataset.classes`, 255 = unlabelled."""
     if dataset.name == "streets":
-        return _street(*dataset.items[i], dataset.size)[1]
+        return _street(dataset.items[i], dataset.size)[1]
     image, path = dataset.items[i]
     if dataset.name != "folder":
         return read_label(path, dataset.name)
@@ -557,7 +567,7 @@ def check(dataset: DataSet, console: Console) -> list[str]:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Check every file of a data set.")
-    parser.add_argument("dataset", choices=OPENERS)
+    parser.add_argument("dataset", choices=NAMES)
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data sets")
     parser.add_argument("--dir", type=Path, help="the data set's own folder, instead of --data")
     parser.add_argument("--split", default="train")

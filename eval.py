@@ -291,7 +291,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
 
     size = args.tgt_size or (meta.get("tgt_size") if tgt == settings.get("tgt") else None)
     tgt_dir = folder_of(tgt, args.tgt_dir, "tgt_dir")
-    target = data.open_dataset(tgt, "target", args.split, tgt_dir, size)
+    shift = settings.get("shift", (0.5, 0.5))
+    target = data.open_dataset(tgt, "target", args.split, tgt_dir, size, shift=shift)
     source = source_classes(src, meta, folder_of(src, args.src_dir, "src_dir"))
     G, _ = load_generator(
         path,
@@ -402,7 +403,7 @@ def main(argv=None) -> None:
         command.add_argument("--short-side", type=int, help="size the network sees; the run's own")
         run, args = predict_main, command.parse_args(argv[1:])
     else:
-        names = tuple(data.OPENERS)
+        names = data.NAMES
         command.add_argument("--src", choices=names, help="whose classes G has; the run's own")
         command.add_argument("--tgt", choices=names, help="data set to score on; the run's own")
         command.add_argument("--split", default="val")

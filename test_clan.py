@@ -46,6 +46,7 @@ import data
 import eval as evaluation
 import losses
 import models
+import study
 import train
 from clan import PAPER, RELEASED, Batch, Hyper
 from losses import adversarial_loss, discrepancy_map, segmentation_loss, weight_discrepancy
@@ -670,6 +671,7 @@ PAPER_VALUES = {
     **{"seg_heads": "ensemble", "gamma": 0.0},
     **{"lambda_weight": 0.01, "weight_offset": 0.0, "weight_biases": False},
     **{"lambda_local": 40.0, "eps": 0.4, "adaptive_start": 0.0, "detach_m": False},
+    **{"weight_map": "local"},
     **{"lambda_adv": 0.001, "damping": False, "minimax": False},
     **{"lr_g": 2.5e-4, "momentum": 0.9, "weight_decay_g": 5e-4, "head_lr": 10.0},
     **{"power": 0.9, "warmup": 0.0, "d_channels": 64},
@@ -926,6 +928,21 @@ def test_clan_detach_m_stops_the_gradient_through_the_weight_alone():
     assert_same_gradients(detached, base + fixed, G)
     pairs = zip(gradients(flowing, G), gradients(detached, G), strict=True)
     assert all(closeness(a, b) > 1e-3 for a, b in pairs), "M's own gradient is missing"
+
+
+def test_clan_weight_map_controls_keep_what_they_claim_to_keep():
+    """Shuffled: the same weights of each image at other pixels. mean1: the same map, of mean 1."""
+    m = torch.rand(2, 1, 4, 6, generator=seeded(), dtype=torch.float64)
+    local = clan.adaptive_weight(m, 0, PAPER)
+    torch.testing.assert_close(local, 40 * m + 0.4, rtol=0, atol=1e-15)
+    shuffled = clan.adaptive_weight(m, 0, Hyper(weight_map="shuffled"))
+    assert torch.equal(shuffled.flatten(1).sort().values, local.flatten(1).sort().values)
+    assert (shuffled != local).double().mean() > 0.8
+    again, later = (clan.adaptive_weight(m, i, Hyper(weight_map="shuffled")) for i in (0, 1))
+    assert torch.equal(shuffled, again) and not torch.equal(shuffled, later)
+    mean1 = clan.adaptive_weight(m, 0, Hyper(weight_map="mean1"))
+    torch.testing.assert_close(mean1 * local.mean(), local, rtol=1e-12, atol=0)
+    assert mean1.mean().item() == pytest.approx(1)
 
 
 def test_clan_gradient_reaches_the_losses_in_float32_under_autocast():
@@ -2328,8 +2345,8 @@ def test_data_streets_splits_and_domains_share_no_scene():
     ]
     items = [set(d.items) for d in sets]
     assert sum(map(len, items)) == len(set.union(*items))
-    assert {domain for _, domain in sets[0].items + sets[1].items} == {"game"}
-    assert {domain for _, domain in sets[2].items + sets[3].items} == {"city"}
+    assert {item[1] for item in sets[0].items + sets[1].items} == {"game"}
+    assert {item[1] for item in sets[2].items + sets[3].items} == {"city"}
     image, label = data.image_at(sets[0], 0), data.label_at(sets[0], 0)
     assert image.shape == (64, 128, 3) and image.dtype == np.uint8
     assert label.shape == (64, 128) and set(np.unique(label)) <= {*range(19), 255}
@@ -3366,6 +3383,311 @@ def test_train_flags_of_several_values_become_tuples():
     assert given["scales"] == (0.5, 1.0) and given["tgt_size"] == (64, 96)
     settings, hyper = train.configure(given)
     assert hyper.scale_probs == (0.5, 0.5) and settings.tgt_size == (64, 96)
+
+
+def test_train_shift_reaches_the_city_alone_and_its_score(few, tmp_path):
+    out = run(tmp_path / "a", "--shift", "0.5", "0")
+    assert json.loads((out / "eval.json").read_text())["settings"]["shift"] == [0.5, 0.0]
+    settings, _ = train.configure({"shift": (0.5, 0.0)})
+    source, target, val = train.open_all(settings)
+    plain = train.open_all(train.configure({})[0])
+    for ours, others, equal in zip((source, target, val), plain, (True, False, False), strict=True):
+        assert np.array_equal(data.image_at(ours, 0), data.image_at(others, 0)) == equal
+    before = json.loads((out / "eval.json").read_text())["miou"]
+    evaluation.main([str(out), "--device", "cpu"])
+    assert json.loads((out / "eval.json").read_text())["miou"] == before
+    sentence = run_error("--tgt", "folder", "--tgt-dir", str(tmp_path), "--shift", "0.1", "0.1")
+    assert "--shift" in sentence
+
+
+# ------------------------------------------------------------------------------------------ study
+
+CELLS = "--src-size 32 64 --tgt-size 32 64 --steps 4 --adv-start 2 --batch 2 --d-channels 4"
+CELLS = f"{CELLS} --log-every 1 --device cpu --images 6".split()
+
+
+@pytest.fixture
+def scenes(monkeypatch):
+    """Streets of a few scenes, for runs within this process."""
+    for key, (first, _) in data.STREETS.items():
+        monkeypatch.setitem(data.STREETS, key, (first, 6))
+
+
+def studied(what: str, folder: Path, *flags: str) -> Path:
+    study.main([what, *CELLS, "--runs", str(folder), "--to", str(folder), *flags])
+    return folder
+
+
+def study_error(what: str, folder: Path, *flags: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        studied(what, folder, *flags)
+    assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: ")
+    return caught.value.code
+
+
+def test_study_statistics_by_hand():
+    assert study.spread([1.0, None, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+    mean, deviation = study.spread([0.5])
+    assert mean == 0.5 and math.isnan(deviation)
+    assert math.isnan(study.spread([None])[0])
+    assert study.percent([0.1, 0.3]) == "20.0 ± 14.1"
+    assert study.percent([0.25]) == "25.0" and study.percent([None]) == "-"
+    assert study.percent([0.25, 0.25], signed=True) == "+25.0 ± 0.0"
+
+
+def test_study_interval_is_the_bootstrap_of_paired_differences():
+    assert study.interval([0.2] * 5) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert all(map(math.isnan, study.interval([0.2])))
+    low, high = study.interval([0.0, 1.0])  # means 0, 0.5, 1 with probability 1/4, 1/2, 1/4
+    assert (low, high) == (0.0, 1.0)
+    values = np.random.default_rng(0).normal(1, 2, 400)
+    low, high = study.interval(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == (
+        pytest.approx(values.mean() - half, abs=0.02),
+        pytest.approx(values.mean() + half, abs=0.02),
+    )
+    a, b = ([{"miou": v} for v in row] for row in ((0.3, 0.5), (0.2, 0.4)))
+    assert study.difference(a, b) == "+10.0 [+10.0, +10.0]"
+
+
+def test_study_auc_counts_pairs():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        scores, wrong = rng.integers(0, 5, 30) / 4, rng.random(30) < 0.4
+        pairs = [(a > b) + (a == b) / 2 for a in scores[wrong] for b in scores[~wrong]]
+        assert study.auc(scores, wrong) == pytest.approx(np.mean(pairs))
+    assert math.isnan(study.auc(scores, np.zeros(30, bool)))
+    assert study.correlation(scores, 2 * scores + 1) == pytest.approx(1)
+    assert math.isnan(study.correlation(scores, np.ones(30)))
+
+
+class Colours(nn.Module):
+    """A stand-in for G whose features are the image's colours, at half its size."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def features(self, images):
+        return F.avg_pool2d(images.float(), 2)
+
+
+def painted(folder: Path, colours: dict[int, tuple], size=(8, 8)) -> data.DataSet:
+    """A folder data set of two equal images, a quadrant each class, the fourth unlabelled."""
+    label = np.full(size, 3, np.uint8)
+    image = np.zeros((*size, 3), np.uint8)
+    for i, colour in colours.items():
+        where = (slice(4 * (i // 2), 4 * (i // 2) + 4), slice(4 * (i % 2), 4 * (i % 2) + 4))
+        label[where], image[where] = i, colour
+    for name in ("a", "b"):
+        write_png(folder / "images" / "val" / f"{name}.png", image)
+        write_png(folder / "labels" / "val" / f"{name}.png", label)
+    names = {"names": ["road", "sky", "car"], "ignore": [3]}
+    (folder / "classes.json").write_text(json.dumps(names))
+    return data.open_dataset("folder", "target", "val", folder, size)
+
+
+def test_study_cluster_distance_is_the_distance_of_the_mean_features(tmp_path):
+    source = painted(tmp_path / "s", {0: (0, 0, 0), 1: (30, 40, 0), 2: (9, 9, 9)})
+    target = painted(tmp_path / "t", {0: (3, 4, 0), 1: (30, 40, 0)})
+    table = np.full(256, 255, np.uint8)
+    table[:3] = (0, 1, 2)
+    distance = study.cluster_distance(Colours(), source, target, table, 2)
+    assert distance[:2].tolist() == [5.0, 0.0] and math.isnan(distance[2])
+
+
+def test_study_features_take_the_label_nearest_to_the_cell(tmp_path):
+    val = painted(tmp_path, {0: (10, 0, 0), 1: (20, 0, 0), 2: (30, 0, 0)})
+    (x, ids), _ = study.labelled_features(Colours(), val, np.arange(256, dtype=np.uint8), 2)
+    assert x.shape == (12, 3) and (x[:, 0] == 10 * (ids + 1)).all()
+    assert ids.bincount().tolist() == [4, 4, 4]
+
+
+def test_study_table_runs_a_cell_once_and_goes_on_with_an_interrupted_one(
+    scenes, tmp_path, capsys, monkeypatch
+):
+    flags = ("--seeds", "0,1", "--methods", "tan,clan")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(SystemExit) as caught:
+            studied("table", tmp_path, *flags)
+    assert caught.value.code == 130 and "goes on" in capsys.readouterr().err
+    out = studied("table", tmp_path, *flags)
+    runs = out / "streets-streets-tiny"
+    stamps = {p: p.stat().st_mtime_ns for p in runs.rglob("*.safetensors")}
+    shown = capsys.readouterr().out
+    assert shown.count("mIoU") >= 4 and "[4/4]" in shown
+    studied("table", tmp_path, *flags)
+    assert stamps == {p: p.stat().st_mtime_ns for p in runs.rglob("*.safetensors")}
+    assert "[" not in capsys.readouterr().out.split("table-")[0], "a finished run was run again"
+
+    content = json.loads((out / "table-streets-streets-tiny.json").read_text())
+    assert content["header"] == ["class", "TAN", "CLAN", "CLAN - TAN"]
+    rows = {row[0]: row[1:] for row in content["rows"]}
+    assert set(rows) == {c + " *" * (c in study.INFREQUENT) for c in data.CLASSES} | {"mIoU"}
+    scores = {
+        m: [json.loads((runs / f"{m}-seed{s}" / "eval.json").read_text())["miou"] for s in (0, 1)]
+        for m in ("tan", "clan")
+    }
+    assert rows["mIoU"][:2] == [study.percent(scores["tan"]), study.percent(scores["clan"])]
+    assert "seeds 0, 1" in content["notes"][-1] and (out / "table-streets-streets-tiny.md").exists()
+
+
+def test_study_a_shared_warm_up_changes_no_bit(scenes, tmp_path):
+    """Source only, from TAN's checkpoint at adv_start, and CLAN's variants from CLAN's."""
+    out = studied("table", tmp_path / "all", "--seeds", "3") / "streets-streets-tiny"
+    studied("params", tmp_path / "all", "--seeds", "3")
+    for name, flags in {
+        "source": ["--method", "source"],
+        "tan": ["--method", "tan"],
+        "clan": [],
+        "eps0.8-lambda40": ["--eps", "0.8"],
+    }.items():
+        alone = tmp_path / name
+        own = [flag for flag in CELLS if flag not in ("--images", "6")]
+        if name == "source":
+            own = own[: own.index("--d-channels")] + own[own.index("--d-channels") + 2 :]
+        train.main([*own, *flags, "--seed", "3", "--out", str(alone)])
+        here = out / f"{name}-seed3"
+        assert_equal(last_tensors(here), last_tensors(alone))
+        assert metrics(here)[-2:] == metrics(alone)[-2:]
+        kept = json.loads((here / "eval.json").read_text())
+        again = json.loads((alone / "eval.json").read_text())
+        assert (kept["miou"], kept["iou"]) == (again["miou"], again["iou"])
+    assert "adv_start" not in study.warm_up({"method": "clan", "adv_start": 0, "out": tmp_path})
+
+
+@pytest.mark.parametrize(
+    ("change", "shares"),
+    (
+        ({"lambda_local": 10.0}, True),
+        ({"lambda_adv": 0.5}, True),
+        ({"weight_map": "mean1"}, True),
+        ({"lambda_weight": 0.5}, False),
+        ({"lr_g": 0.5}, False),
+        ({"seed": 5}, False),
+        ({"d_channels": 8}, False),
+        ({"shift": (0.5, 0.0)}, True),
+        ({"method": "tan"}, False),
+    ),
+)
+def test_study_a_warm_up_is_shared_only_by_runs_that_agree_until_then(change, shares):
+    assert (study.warm_up({}) == study.warm_up(change)) == shares
+
+
+def test_study_source_and_tan_share_a_warm_up_whatever_clan_would_read():
+    a = study.warm_up({"method": "tan", "lambda_adv": 1.0})
+    assert a == study.warm_up({"method": "source"})
+
+
+def test_study_refuses_a_folder_of_another_configuration(scenes, tmp_path):
+    studied("table", tmp_path, "--seeds", "0", "--methods", "tan")
+    sentence = study_error("table", tmp_path, "--seeds", "0", "--methods", "tan", "--lr-g", "0.5")
+    assert "--lr-g 0.02, now 0.5" in sentence and "--runs" in sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    (
+        (["--jobs", "0"], "--jobs"),
+        (["--images", "0"], "--images"),
+        (["--class", "zebra"], "zebra"),
+    ),
+)
+def test_study_refuses_what_it_cannot_use(scenes, tmp_path, flags, sentence):
+    assert sentence in study_error("ccd", tmp_path, "--seeds", "0", "--methods", "clan", *flags)
+
+
+def test_study_does_not_take_flags_that_it_sets_itself(tmp_path, capsys):
+    for flag in ("--seed", "--out", "--method"):
+        with pytest.raises(SystemExit) as caught:
+            studied("table", tmp_path, flag, "1")
+        assert caught.value.code == 2 and "unrecognized" in capsys.readouterr().err
+
+
+def test_study_control_scales_tan_by_clans_own_mean_weight(scenes, tmp_path):
+    out = studied("control", tmp_path, "--seeds", "0", "--shift", "0.5", "0.5")
+    runs = out / "streets-streets-tiny"
+    clans = [line["m"] for line in metrics(runs / "clan-seed0") if "m" in line]
+    scaled = json.loads((runs / "a-seed0" / "eval.json").read_text())["settings"]
+    assert scaled["method"] == "tan"
+    assert scaled["lambda_adv"] == pytest.approx(0.02 * (40 * np.mean(clans) + 0.4))
+    rows = {r[0]: r[1:] for r in json.loads((out / CONTROL).read_text())["rows"]}
+    assert len(rows) == 10 and all(name[1] in "abcdefg" for name in rows if name[0] == "(")
+    assert rows["TAN"][3] == rows["CLAN"][4] == "+0.0"
+    assert rows["(g) weights scaled to mean 1 (a deviation)"][5] == "1.00"
+    assert rows["(c) Eq. 4, every weight 1"][5] == "1.00"
+    settings = {
+        letter: json.loads((runs / f"{letter}-seed0" / "eval.json").read_text())["settings"]
+        for letter in "bcdefg"
+    }
+    assert settings["b"]["weight_map"] == "shuffled" and settings["g"]["weight_map"] == "mean1"
+    assert settings["d"]["lambda_weight"] == 0 and settings["f"]["recipe"] == "released"
+
+
+CONTROL = "control-streets-streets-tiny.json"
+
+
+@pytest.mark.parametrize(
+    ("what", "files"),
+    (
+        ("ccd", ("ccd-curve", "ccd-classes")),
+        ("params", ("params",)),
+        ("tsne", ("tsne",)),
+        ("figure5", ("figure5",)),
+        ("weightmap", ("weightmap",)),
+        ("disagreement", ("disagreement",)),
+    ),
+)
+def test_study_draws_every_figure(scenes, tmp_path, what, files):
+    if what == "tsne":
+        pytest.importorskip("sklearn")
+    studied(what, tmp_path, "--seeds", "0")
+    for name in files:
+        path = tmp_path / f"{name}-streets-streets-tiny.png"
+        with Image.open(path) as image:
+            assert min(image.size) > 200 and len(image.convert("RGB").getcolors(10**6)) > 20
+        assert path.stat().st_size < 300_000
+
+
+def test_study_runs_in_parallel_as_one_after_the_other(tmp_path, monkeypatch):
+    """Two processes, of one thread each as the tests, give the bits of one."""
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 2)
+    flags = ("--seeds", "0,1", "--methods", "source", "--steps", "2", "--adv-start", "0")
+    a = studied("table", tmp_path / "a", *flags)
+    b = studied("table", tmp_path / "b", *flags, "--jobs", "2")
+    for seed in (0, 1):
+        runs = (x / "streets-streets-tiny" / f"source-seed{seed}" for x in (a, b))
+        assert_equal(*map(last_tensors, runs))
+
+
+def test_study_dusk_splits_camvid_by_its_own_names(scenes, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(study, "table", lambda s, title: shown.update(given=s.given, title=title))
+    camvid = tmp_path / "camvid"
+    names = [f"0006R0_{i}" for i in range(3)] + [f"0016E5_{i}" for i in range(2)]
+    names += [f"0001TP_{i}" for i in range(5)]
+    for name in names:
+        write_png(camvid / "images" / "train" / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
+        write_png(camvid / "labels" / "train" / f"{name}.png", np.zeros((8, 8), np.uint8))
+    (camvid / "classes.json").write_text('{"names": ["road"], "ignore": [11]}')
+    for _ in range(2):  # a second time finds its links
+        studied("dusk", tmp_path / "runs", "--tgt-dir", str(camvid), "--backbone", "lite0")
+    day, dusk = shown["given"]["src_dir"], shown["given"]["tgt_dir"]
+
+    def stems(folder):
+        return sorted(p.stem for p in folder.iterdir())
+
+    assert stems(day / "images" / "train") == sorted(names[:5])
+    assert stems(dusk / "images" / "train") == names[5::2]
+    assert stems(dusk / "images" / "val") == stems(dusk / "labels" / "val") == names[6::2]
+    assert "--tgt-dir" in study_error("dusk", tmp_path / "runs")
+    shutil.rmtree(camvid / "images" / "train")
+    (camvid / "images" / "train").mkdir()
+    assert "0001TP" in study_error("dusk", tmp_path / "runs", "--tgt-dir", str(camvid))
 
 
 # ------------------------------------------------------------------------------------------- slow

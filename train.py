@@ -55,6 +55,7 @@ class Settings:
     backbone: Backbone = "auto"  # auto: tiny for streets to streets, else r101
     lineage: str | None = None  # whose ImageNet weights: caffe or torchvision; follows from --init
     init: str = "auto"  # first weights of G: a file, imagenet or none; auto: none for tiny alone
+    shift: tuple[float, float] = (0.5, 0.5)  # of streets' city from its game: in look, in layout
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
     seed: int = 0  # of the initial weights, the order of the samples and their augmentation
     out: Path | None = None  # run folder; runs/SRC-TGT-BACKBONE-METHOD-seedN
@@ -76,6 +77,8 @@ class Settings:
         for side in ("src", "tgt"):
             if getattr(self, side) == "streets" and getattr(self, f"{side}_dir"):
                 raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
+        if self.tgt not in ("streets", "auto") and self.shift != (0.5, 0.5):
+            raise ValueError(f"--shift is of the city of streets: drop it, or --tgt {self.tgt}")
 
 
 # Settings that a resumed run may change: where things lie and run, and what is written when.
@@ -86,7 +89,7 @@ FREE |= {"eval_every", "save_every", "keep"}
 
 # Fields of Hyper without a meaning for a method: giving one is a contradiction.
 CLAN_ONLY = {"lambda_weight", "weight_offset", "weight_biases", "lambda_local", "eps"}
-CLAN_ONLY |= {"adaptive_start", "detach_m"}
+CLAN_ONLY |= {"adaptive_start", "detach_m", "weight_map"}
 ADVERSARIAL = {"lambda_adv", "damping", "minimax", "d_channels", "lr_d", "d_schedule"}
 ADVERSARIAL |= {"beta1_d", "beta2_d", "weight_decay_d"}
 NOT_USED_BY = {"tan": CLAN_ONLY, "source": CLAN_ONLY | ADVERSARIAL}
@@ -122,11 +125,13 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls) -> None:
+def add_flags(parser: argparse.ArgumentParser, cls, without=frozenset()) -> None:
     """A flag for each field; one not given stays out of the parsed arguments."""
     group, help_of = parser.add_argument_group(cls.__name__), comments(cls)
     hints = typing.get_type_hints(cls)
     for field in fields(cls):
+        if field.name in without:
+            continue
         kind, options = hints[field.name], {}
         if isinstance(kind, types.UnionType):  # X | None
             kind = typing.get_args(kind)[0]
@@ -438,9 +443,11 @@ def open_all(settings: Settings):
 
     tgt_dir = folder(settings.tgt, settings.tgt_dir)
     target = data.open_dataset(
-        settings.tgt, "target", "train", tgt_dir, settings.tgt_size, labels=False
+        settings.tgt, "target", "train", tgt_dir, settings.tgt_size, False, settings.shift
     )
-    val = data.open_dataset(settings.tgt, "target", "val", tgt_dir, target.size)
+    val = data.open_dataset(
+        settings.tgt, "target", "val", tgt_dir, target.size, shift=settings.shift
+    )
     src_size = settings.src_size
     if settings.src == "streets" and not src_size:  # drawn at the size of its target
         src_size = target.size
