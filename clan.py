@@ -34,6 +34,7 @@ class Hyper:
     adv_start: int = 0  # first step with adversarial terms; until then the source alone is learnt
 
     seg_heads: Literal["ensemble", "each"] = "ensemble"  # Eq. 3 on softmax(p1 + p2) | a loss a head
+    head_std: float = 0.01  # deviation of the heads' initial filters (paper: not said; code: 0.01)
     gamma: float = 0.0  # focal exponent of Eq. 3 (0: cross-entropy)
     lambda_weight: float = 0.01  # weight of Eq. 4 in Eq. 6
     weight_offset: float = 0.0  # added to the cosine of Eq. 4; moves its value, not its gradient
@@ -94,7 +95,8 @@ class Hyper:
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1]")
         rates = ("lr_g", "lr_d", "head_lr", "weight_decay_g", "weight_decay_d", "power")
         shares = ("momentum", "beta1_d", "beta2_d", "gamma")
-        for name in (*rates, *shares, "lambda_adv", "lambda_local", "lambda_weight", "eps"):
+        others = ("lambda_adv", "lambda_local", "lambda_weight", "eps", "head_std")
+        for name in (*rates, *shares, *others):
             require(getattr(self, name) >= 0, f"{name} must not be negative")
 
 

@@ -198,15 +198,18 @@ def score_table(title: str, columns: dict[str, dict | None]) -> Table:
     for name in columns:
         table.add_column(name, justify="right")
     for name in next(iter(columns.values()))["iou"]:
-        table.add_row(name, *(_percent(c["iou"].get(name)) for c in columns.values()))
+        table.add_row(name, *(percent(c["iou"].get(name)) for c in columns.values()))
     table.add_section()
     for key, label in (("miou", "mIoU"), ("miou_13", "mIoU, 13 classes")):
         if any(key in c for c in columns.values()):
-            table.add_row(label, *(_percent(c.get(key)) for c in columns.values()), style="bold")
+            table.add_row(label, *(percent(c.get(key)) for c in columns.values()), style="bold")
     return table
 
 
-def _percent(value: float | None) -> str:
+DPI = 110
+
+
+def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
@@ -220,8 +223,8 @@ def palette_of(classes) -> np.ndarray:
     return palette
 
 
-def picture(path: Path, rows: list[list[tuple[str, np.ndarray]]], classes) -> None:
-    """A PNG of titled panels; H W arrays are coloured as train ids, with a legend."""
+def picture(rows: list[list[tuple[str, np.ndarray]]], classes) -> Figure:
+    """Titled panels; H W arrays are coloured as train ids, with a legend."""
     palette = palette_of(classes)
     height, width = rows[0][0][1].shape[:2]
     columns = len(rows[0])
@@ -242,7 +245,7 @@ def picture(path: Path, rows: list[list[tuple[str, np.ndarray]]], classes) -> No
         Patch(color=palette[i] / 255, label=name) for i, name in enumerate(classes) if i in shown
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=7, fontsize=7, frameon=False)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def overlay(image: np.ndarray, pred: np.ndarray, classes) -> np.ndarray:
@@ -318,7 +321,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
     own = not settings or (tgt, args.split) == (settings["tgt"], "val")
     name = "eval" if own else f"eval-{tgt}-{args.split}"  # another score than the run's own
     (out / f"{name}.json").write_text(json.dumps(result, indent=1))
-    draw(out / f"{name}.png", target, table, {"prediction": G}, device, source.classes)
+    figure = draw(target, table, {"prediction": G}, device, source.classes)
+    figure.savefig(out / f"{name}.png", dpi=DPI)
     console.print(
         f"{path}: mIoU {100 * result['miou']:.1f} over {len(target)} images; "
         f"{out / name}.json and .png",
@@ -338,8 +342,8 @@ def source_classes(src: str, meta: dict, folder: Path | None) -> data.DataSet:
     return data.DataSet(src, classes, labelled, (0, 0), (0, 0), ())
 
 
-def draw(path: Path, dataset, table, networks: dict, device, classes, count: int = 2) -> None:
-    """A picture of the first images of a split: image, each network's prediction, truth."""
+def draw(dataset, table, networks: dict, device, classes, count: int = 2) -> Figure:
+    """The first images of a split: image, each network's prediction, truth."""
     rows = []
     for i in range(min(count, len(dataset))):
         _, image, label = data.Pairs(dataset)[i]
@@ -349,7 +353,7 @@ def draw(path: Path, dataset, table, networks: dict, device, classes, count: int
             pred = predict(G, image[None].to(device), [label.shape])[0].cpu().numpy()
             row.append((name, pred))
         rows.append([*row, ("truth", table[label])])
-    picture(path, rows, classes)
+    return picture(rows, classes)
 
 
 def predict_main(args: argparse.Namespace) -> None:

@@ -333,8 +333,17 @@ EXTRACTORS = {
 class Generator(nn.Module):
     """Feature extractor E and two classifiers C1, C2 (section 3.2)."""
 
-    def __init__(self, backbone: str, num_classes: int = 19, lineage: str | None = None):
-        """`lineage`: None takes the backbone's default; raises ValueError on an unknown name."""
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int = 19,
+        lineage: str | None = None,
+        head_std: float = 0.01,
+    ):
+        """`lineage`: None takes the backbone's default; raises ValueError on an unknown name.
+
+        `head_std`: deviation of the heads' initial filters, which is what tells C1 from C2.
+        """
         super().__init__()
         check_choice("backbone", backbone, LINEAGES)
         lineage = lineage or LINEAGES[backbone][0]
@@ -350,7 +359,7 @@ class Generator(nn.Module):
         # two heads cannot share: they would be equal, and their cosine undefined.
         for m in (*self.C1.modules(), *self.C2.modules()):
             if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, std=0.01)
+                nn.init.normal_(m.weight, std=head_std)
 
     def features(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """What E gives for uint8 RGB images, or for floating point ones already normalised."""

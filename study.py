@@ -7,8 +7,8 @@
 
 Every flag of train.py may follow and holds for all runs. A finished run is not run again, an
 interrupted one goes on, and runs that agree until adaptation starts share their warm-up, which
-changes no bit of them. Results (Markdown, JSON, PNG) land in --to. Scores are those of the last
-checkpoint on the target's validation split.
+changes no bit of them. Results (Markdown, JSON with every seed's scores, PNG) land in --to. Scores
+are those of the last checkpoint on the target's validation split.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,15 +30,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 import clan
 import data
 import eval as evaluation
 import train
 from losses import discrepancy_map
-from models import Discriminator, Generator
+from models import Discriminator, Generator, load_weights
 
 # Classes that the paper's text calls infrequent and prone to negative transfer (Sections 4.3 and
 # 4.4; its tables show them in blue).
@@ -52,7 +54,7 @@ class Study:
     """What is asked for: which runs, and where they and the results lie."""
 
     given: dict  # flags of train.py for all runs
-    tan: dict  # flags of TAN's own in the control
+    tan: dict  # TAN's own flags, where the two methods are tuned apart
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     runs: Path
@@ -62,29 +64,46 @@ class Study:
     marked: str  # the class of the curve of cluster distances
     command: str
 
-    def cell(self, label: str, seed: int, **change) -> dict:
-        """The flags of one run, in its own folder. A variant that changes nothing is CLAN itself.
-
-        A flag that the method does not read (of CLAN alone, say) does not reach it.
-        """
-        flags = self.given | change
-        idle = train.NOT_USED_BY.get(flags.get("method"), set())
-        flags = {k: v for k, v in flags.items() if k not in idle}
-        if train.configure(flags) == train.configure(self.given):
-            label = "clan"
-        return flags | {"seed": seed, "out": self.runs / f"{label}-seed{seed}"}
-
     @property
     def task(self) -> str:
+        """Names data sets and backbone: the folder in --runs that the runs lie in."""
         settings, _ = train.configure(self.given)
-        return f"{settings.src}-{settings.tgt}-{settings.backbone}"
+        sides = ((settings.src, settings.src_dir), (settings.tgt, settings.tgt_dir))
+        names = [Path(own or name).name if name == "folder" else name for name, own in sides]
+        return "-".join([*names, settings.backbone])
+
+    def cell(self, seed: int, **change) -> dict:
+        """The flags of one run. Its folder is named by its method and by what `change` changes.
+
+        A flag that the method does not read (CLAN's alone, say) does not reach it. On the first
+        seed the plain runs of the methods keep checkpoints, for curves over training.
+        """
+        if change.get("method") == "tan":
+            change = self.tan | change
+        # D's width is read by no loss of source only, but D's weights lie in the checkpoint that
+        # it shares with TAN.
+        idle = train.NOT_USED_BY.get(change.get("method"), set()) - {"d_channels"}
+        flags = {k: v for k, v in (self.given | change).items() if k not in idle}
+        base, own = flat(self.given), flat(flags)
+        changed = [k for k in sorted(change) if k in flags and own[k] != base[k] and k != "method"]
+        name = "-".join([own["method"], *(f"{k}{own[k]}".replace(" ", "") for k in changed)])
+        if seed == self.seeds[0] and not changed:
+            flags |= {"save_every": max(1, own["steps"] // 16), "keep": 100}
+        return flags | {"seed": seed, "out": self.runs / self.task / f"{name}-seed{seed}"}
+
+    def cells(self, **change) -> list[dict]:
+        """`cell` for every seed."""
+        return [self.cell(seed, **change) for seed in self.seeds]
 
 
 # Running cells.
 
+RESULT = "study.json"  # of a finished run: its scores, time and machine
 
-def flat(settings: train.Settings, hyper: clan.Hyper) -> dict:
-    """All fields of a run as its checkpoints write them."""
+
+def flat(given: dict) -> dict:
+    """All fields of a run, as its checkpoints write them."""
+    settings, hyper = train.configure(given)
     return json.loads(json.dumps(asdict(settings) | asdict(hyper), default=str))
 
 
@@ -97,21 +116,22 @@ def last_checkpoint(out: Path) -> Path | None:
 
 def finished(given: dict) -> dict | None:
     """The result of a run that is complete. Raises ValueError if its folder holds another run."""
-    settings, hyper = train.configure(given)
-    last, path = last_checkpoint(settings.out), settings.out / "eval.json"
+    out = given["out"]
+    last = last_checkpoint(out)
     if last is None:
         return None
-    wanted, found = flat(settings, hyper), evaluation.read_metadata(last)["settings"]
-    changed = [k for k in wanted if k not in train.FREE and wanted[k] != found.get(k)]
+    wanted, found = flat(given), evaluation.read_metadata(last)["settings"]
+    compared = wanted.keys() - (train.FREE - {"src_dir", "tgt_dir"})
+    changed = [k for k in sorted(compared) if wanted[k] != found.get(k)]
     if changed:
         was = ", ".join(f"{train.flag_of(k)} {found.get(k)}, now {wanted[k]}" for k in changed)
-        raise ValueError(f"{settings.out} was run with {was}: choose another --runs, or delete it")
-    return json.loads(path.read_text()) if path.exists() else None
+        raise ValueError(f"{out} was run with {was}: choose another --runs, or delete it")
+    return json.loads((out / RESULT).read_text()) if (out / RESULT).exists() else None
 
 
 # Fields that no step before adv_start reads: the target takes no part in those.
-LATER = train.ADVERSARIAL - {"d_channels"} | {"lambda_local", "eps", "adaptive_start"}
-LATER |= {"detach_m", "weight_map", "shift"}
+ADAPTATION_ONLY = train.ADVERSARIAL - {"d_channels"} | {"lambda_local", "eps", "adaptive_start"}
+ADAPTATION_ONLY |= {"detach_m", "weight_map", "shift"}
 
 
 def warm_up(given: dict) -> str:
@@ -119,10 +139,14 @@ def warm_up(given: dict) -> str:
     settings, hyper = train.configure(given)
     if not 0 < hyper.adv_start < hyper.steps:
         return str(settings.out)  # nothing to share
-    fields = {k: v for k, v in flat(settings, hyper).items() if k not in train.FREE | LATER}
-    if hyper.method != "clan":  # neither reads Eq. 4's fields
+    fields = {k: v for k, v in flat(given).items() if k not in train.FREE | ADAPTATION_ONLY}
+    if hyper.method != "clan":  # neither of the others reads Eq. 4's fields
         fields = {k: v for k, v in fields.items() if k not in train.CLAN_ONLY}
-    return json.dumps(fields | {"method": hyper.method == "clan"}, sort_keys=True)
+    fields |= {"method": hyper.method == "clan"}
+    fields |= {
+        "batchnorm": clan.uses_batch_statistics(0, hyper)
+    }  # "batch" and "before" differ later
+    return json.dumps(fields, sort_keys=True)
 
 
 def adopt(donor: Path, given: dict) -> Path:
@@ -138,12 +162,12 @@ def adopt(donor: Path, given: dict) -> Path:
     start = donor / train.BEFORE
     if hyper.method == "source":
         return start
-    about = evaluation.read_metadata(start) | {"settings": flat(settings, hyper)}
-    train.save(settings.out / train.BEFORE, train.load_file(start), about)
+    about = evaluation.read_metadata(start) | {"settings": flat(given)}
+    train.save(settings.out / train.BEFORE, load_file(start), about)
     return settings.out / train.BEFORE
 
 
-def run_cell(given: dict, donor: Path | None, threads: int | None) -> tuple[dict, float]:
+def run_cell(given: dict, donor: Path | None, threads: int | None) -> dict:
     """One run to its end: from its last checkpoint, from a donor's warm-up, or from step 0."""
     if threads:
         torch.set_num_threads(threads)
@@ -154,37 +178,71 @@ def run_cell(given: dict, donor: Path | None, threads: int | None) -> tuple[dict
     if start is None and donor and (donor / train.BEFORE).exists():
         start = adopt(donor, given)
     with (out / "log.txt").open("a") as file, contextlib.redirect_stdout(file):
-        return train.train(settings, hyper, start, Console(file=file)), time.monotonic() - since
+        result = train.train(settings, hyper, start, Console(file=file))
+    result["seconds"] = time.monotonic() - since
+    result["machine"] = machine(evaluation.find_device(settings.device))
+    result["commit"] = evaluation.read_metadata(Path(result["checkpoint"]))["commit"]
+    beside = out / f"{RESULT}.tmp"
+    beside.write_text(json.dumps(result))
+    beside.replace(out / RESULT)
+    return result
+
+
+def machine(device: torch.device) -> str:
+    """The device in words, for the line under a table."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads a run"
 
 
 def run_cells(study: Study, cells: list[dict]) -> list[dict]:
-    """The result (as eval.json) of each cell, in order; what is missing is run."""
-    missing = [given for given in cells if finished(given) is None]
+    """The result of each cell, in order; what is missing is run, a shared warm-up first."""
+    cells_of = {given["out"]: given for given in cells}  # two groups may hold the same run
+    missing = [given for given in cells_of.values() if finished(given) is None]
+
+    def as_donor(
+        given: dict,
+    ) -> tuple[bool, bool]:  # one that is there, or one with all checkpoints
+        return not (given["out"] / train.BEFORE).exists(), "keep" not in given
+
     donors: dict[str, Path] = {}
-    for given in sorted(cells, key=lambda given: not (given["out"] / train.BEFORE).exists()):
-        if given.get("method", "clan") != "source":  # which has no checkpoint at adv_start
+    for given in sorted(cells_of.values(), key=as_donor):
+        if given.get("method") != "source":  # which has no checkpoint at adv_start
             donors.setdefault(warm_up(given), given["out"])
     donor_of = {given["out"]: donors.get(warm_up(given)) for given in missing}
     first = [given for given in missing if donor_of[given["out"]] in (None, given["out"])]
     rest = [given for given in missing if given not in first]
-    done = len(cells) - len(missing)
+    done = len(cells_of) - len(missing)
     for wave in (first, rest):
         tasks = [(given, donor_of[given["out"]]) for given in wave]
-        for given, (result, seconds) in run_all(tasks, study.jobs):
+        for given, result in run_all(tasks, study.jobs):
             done += 1
-            name, score = given["out"].name, 100 * result["miou"]
-            print(f"[{done}/{len(cells)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True)
+            score, seconds = 100 * result["miou"], result["seconds"]
+            name = given["out"].name
+            print(
+                f"[{done}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
+            )
     return [finished(given) for given in cells]
 
 
-def run_all(tasks: list, jobs: int) -> Iterator[tuple[dict, tuple[dict, float]]]:
-    """(given, what run_cell returned) of each task as it ends; each in a process if jobs > 1."""
+def run_groups(study: Study, groups: dict) -> dict:
+    """run_cells of several lists of cells, by their names."""
+    results = iter(run_cells(study, [given for group in groups.values() for given in group]))
+    return {name: [next(results) for _ in group] for name, group in groups.items()}
+
+
+def run_all(tasks: list, jobs: int) -> Iterator[tuple[dict, dict]]:
+    """(given, result) of each task as it ends; each in a process if jobs > 1."""
     if jobs == 1:
         yield from ((given, run_cell(given, donor, None)) for given, donor in tasks)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     fresh = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=fresh) as pool:
+    # In their own process groups a Ctrl-C does not reach the runs twice: it would end them unsaved.
+    with ProcessPoolExecutor(jobs, mp_context=fresh, initializer=os.setpgrp) as pool:
         futures = {pool.submit(run_cell, given, donor, threads): given for given, donor in tasks}
         try:
             for future in as_completed(futures):
@@ -196,7 +254,18 @@ def run_all(tasks: list, jobs: int) -> Iterator[tuple[dict, tuple[dict, float]]]
             raise
 
 
-# Statistics over seeds.
+def metrics(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+
+
+# Statistics over seeds. Scores are in [0, 1], or None for a class that does not occur.
+
+Pick = Callable[[dict], float | None]  # a score of a result
+
+
+def miou(result: dict) -> float:
+    return result["miou"]
 
 
 def spread(values: Iterable[float | None]) -> tuple[float, float]:
@@ -220,48 +289,48 @@ def interval(differences: Iterable[float], draws: int = 10_000) -> tuple[float, 
     return float(low), float(high)
 
 
-def percent(values: Iterable[float | None], signed: bool = False) -> str:
-    """'42.8 ± 6.1' of values in [0, 1]."""
+def percent(values: Iterable[float | None]) -> str:
+    """'42.8 ± 6.1' of scores."""
     mean, deviation = spread(values)
     if np.isnan(mean):
         return "-"
-    text = f"{100 * mean:+.1f}" if signed else f"{100 * mean:.1f}"
-    return text if np.isnan(deviation) else f"{text} ± {100 * deviation:.1f}"
+    return f"{100 * mean:.1f}" + ("" if np.isnan(deviation) else f" ± {100 * deviation:.1f}")
 
 
-def difference(a: list[dict], b: list[dict], key: str = "miou") -> str:
+def difference(a: list[dict], b: list[dict], pick: Pick = miou) -> str:
     """'-0.6 [-2.1, 0.9]': the paired mean of a - b in points, and its bootstrap interval."""
-    pairs = [x[key] - y[key] for x, y in zip(a, b, strict=True)]
+    both = [(pick(x), pick(y)) for x, y in zip(a, b, strict=True)]
+    pairs = [100 * (x - y) for x, y in both if None not in (x, y)]
+    if not pairs:
+        return "-"
     low, high = interval(pairs)
-    text = f"{100 * np.mean(pairs):+.1f}"
-    return text if np.isnan(low) else f"{text} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{np.mean(pairs):+.1f}" + ("" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
 
 
 # Writing results.
 
-
-def cpu_name() -> str:
-    """The processor in words, for the line under a table."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+INTERVALS = (
+    "Brackets: 95 % bootstrap interval of the difference paired by seed; with this few seeds it is "
+    "too narrow, a lower bound of the doubt."
+)
 
 
 def provenance(study: Study, results: list[dict]) -> str:
-    """Command, commits of the runs, seeds and machine."""
-    commits = {evaluation.read_metadata(Path(r["checkpoint"]))["commit"] for r in results}
+    """Command, commits of the runs, seeds, computing time and machine."""
+    commits, machines = ({r[key] for r in results} for key in ("commit", "machine"))
     seeds = sorted({r["settings"]["seed"] for r in results})
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    distinct = {r["checkpoint"]: r["seconds"] for r in results}
     return (
-        f"`{study.command}`; {len(results)} runs, commit {', '.join(sorted(commits))}; seeds "
-        f"{', '.join(map(str, seeds))}; {machine}, torch {torch.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}"
+        f"`{study.command}`; {len(distinct)} runs of {sum(distinct.values()) / 60:.0f} minutes in "
+        f"all, commit {', '.join(sorted(commits))}; seeds {', '.join(map(str, seeds))}; "
+        f"{'; '.join(sorted(machines))}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     )
 
 
-def write(study: Study, name: str, header: list[str], rows: list[list], notes: list[str]) -> None:
-    """The table on the screen, and as NAME.md and NAME.json (numbers as shown) in --to."""
+def write(study: Study, name: str, header: list, rows: list[list], note: str, groups: dict) -> None:
+    """The table on the screen, as NAME.md, and with the scores of each run as NAME.json."""
+    notes = [note, provenance(study, [r for group in groups.values() for r in group])]
+    path = study.to / f"{name}.md"
     study.to.mkdir(parents=True, exist_ok=True)
     table = Table(title=name)
     for i, title in enumerate(header):
@@ -271,94 +340,116 @@ def write(study: Study, name: str, header: list[str], rows: list[list], notes: l
     console = Console()
     console.print(table)
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    path = study.to / f"{name}.md"
     path.write_text("\n".join([*lines, "", *notes]) + "\n")
-    content = {"header": header, "rows": rows, "notes": notes}
+    kept = ("miou", "miou_13", "miou_before", "iou", "seconds", "commit")
+    runs = {
+        name if isinstance(name, str) else ", ".join(map(str, name)): [
+            {"seed": r["settings"]["seed"]} | {k: r[k] for k in kept if k in r} for r in group
+        ]
+        for name, group in groups.items()
+    }
+    content = {"header": header, "rows": rows, "notes": notes, "runs": runs}
     path.with_suffix(".json").write_text(json.dumps(content, indent=1))
-    console.print(*notes, f"wrote {path}", sep="\n", soft_wrap=True)
+    console.print(*notes, f"wrote {path} and .json", sep="\n", soft_wrap=True)
 
 
-def save_figure(study: Study, figure: Figure, name: str) -> None:
+def save_figure(study: Study, figure: Figure, name: str, results: list[dict]) -> None:
+    """NAME.png in 256 colours, which keeps it small, and its provenance."""
     study.to.mkdir(parents=True, exist_ok=True)
     path = study.to / f"{name}.png"
     figure.savefig(path, dpi=100)
-    print(f"wrote {path}", flush=True)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+    print(f"wrote {path}: {provenance(study, results)}", flush=True)
 
 
 # Tables 1 and 2.
 
 
-def method_cells(study: Study) -> dict[str, list[dict]]:
-    """The runs of the table; those of the first seed keep checkpoints for curves over training."""
-    _, hyper = train.configure(study.given)
-    every = max(1, hyper.steps // 16)
-    cells = {}
-    for method in study.methods:
-        cells[method] = [study.cell(method, seed, method=method) for seed in study.seeds]
-        cells[method][0] |= {"save_every": every, "keep": 16}
-    return cells
+def method_groups(study: Study) -> dict[str, list[dict]]:
+    return {method: study.cells(method=method) for method in study.methods}
 
 
-def run_groups(study: Study, groups: dict) -> dict:
-    """run_cells of several lists of cells, by their names."""
-    results = iter(run_cells(study, [given for group in groups.values() for given in group]))
-    return {name: [next(results) for _ in group] for name, group in groups.items()}
-
-
-def table(study: Study, title: str = "") -> None:
+def table(study: Study) -> None:
     """Tables 1 and 2: IoU by class and mIoU, mean ± deviation over seeds, beside the paper's."""
-    results = run_groups(study, method_cells(study))
+    results = run_groups(study, method_groups(study))
     settings, _ = train.configure(study.given)
-    task = (settings.src, settings.tgt, settings.backbone)
-    papers = {m: evaluation.paper_row(*task, m) for m in study.methods}
+    papers = {
+        m: evaluation.paper_row(settings.src, settings.tgt, settings.backbone, m) for m in results
+    }
     papers = {m: row for m, row in papers.items() if row}
-    paired = {"clan", "tan"} <= set(study.methods)
+    paired = {"clan", "tan"} <= results.keys()
 
-    header = ["class", *(LABELS[m] for m in study.methods)]
+    def row(label: str, pick: Pick) -> list[str]:
+        cells = [percent(map(pick, group)) for group in results.values()]
+        cells += [difference(results["clan"], results["tan"], pick)] if paired else []
+        return [label, *cells, *(evaluation.percent(pick(p)) for p in papers.values())]
+
+    def gain(label: str, pick: Pick) -> list[str]:
+        cells = [difference(group, results["source"], pick) for group in results.values()]
+        both = [(pick(p), pick(papers["source"])) for p in papers.values()]
+        theirs = ("-" if None in (a, b) else f"{100 * (a - b):+.1f}" for a, b in both)
+        return [label, *cells, *[""] * paired, *theirs]
+
+    header = ["class", *(LABELS[m] for m in results)]
     header += ["CLAN - TAN"] * paired + [f"{LABELS[m]}, paper" for m in papers]
-    rows = []
-    for name in results[study.methods[0]][0]["iou"]:
-        ious = {m: [r["iou"][name] for r in results[m]] for m in study.methods}
-        row = [name + " *" * (name in INFREQUENT), *map(percent, ious.values())]
-        if paired:
-            both = [(a, b) for a, b in zip(ious["clan"], ious["tan"], strict=True)]
-            row.append(percent([a - b for a, b in both if None not in (a, b)], signed=True))
-        rows.append([*row, *(evaluation._percent(p["iou"].get(name)) for p in papers.values())])
-    for key, label in (("miou", "mIoU"), ("miou_13", "mIoU, 13 classes")):
-        if not all(key in group[0] for group in results.values()):
-            continue
-        rows.append([label, *(percent(r[key] for r in group) for group in results.values())])
-        if paired:
-            rows[-1].append(difference(results["clan"], results["tan"], key))
-        rows[-1] += [evaluation._percent(p.get(key)) for p in papers.values()]
-        if "source" in results:
-            rows.append([f"gain, {label}"])
-            rows[-1] += [difference(group, results["source"], key) for group in results.values()]
-            rows[-1] += [""] * (len(header) - len(rows[-1]))
-    notes = [
-        "IoU in % on the validation split, last checkpoint, mean ± standard deviation over seeds; "
-        "differences of mIoU are paired by seed, with a 95 % bootstrap interval. * infrequent.",
-        provenance(study, [r for group in results.values() for r in group]),
+    first = next(iter(results.values()))[0]
+    rows = [
+        row(name + " *" * (name in INFREQUENT), lambda r, name=name: r["iou"].get(name))
+        for name in first["iou"]
     ]
-    write(study, f"table-{title or study.task}", header, rows, notes)
+    means = {"miou": "mIoU"}
+    if "miou_13" in first:  # SYNTHIA's two ways of counting
+        means = {"miou": "mIoU, 16 classes", "miou_13": "mIoU, 13 classes"}
+    for key, label in means.items():
+        rows.append(row(label, lambda r, key=key: r.get(key)))
+        if "source" in results:
+            rows.append(gain(f"gain, {label}", lambda r, key=key: r.get(key)))
+    note = (
+        "IoU in % on the validation split, last checkpoint, mean ± standard deviation over seeds. "
+        f"{INTERVALS} * infrequent."
+    )
+    write(study, f"table-{study.task}", header, rows, note, results)
 
 
 # What networks have learnt: features of E, the map M.
 
 
-def all_images(dataset: data.DataSet, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(image 3 H W, label H' W') of `count` images spread over a split."""
+def device_of(study: Study) -> torch.device:
+    return evaluation.find_device(study.given.get("device", "auto"))
+
+
+def load(path: Path, device: torch.device) -> Generator:
+    G, _ = evaluation.load_generator(path, say=lambda _: None)
+    return G.to(device)
+
+
+def open_target(given: dict):
+    """(source, labelled validation split of the target, table of its train ids) of a run."""
+    source, _, val = train.open_all(train.configure(given)[0])
+    return source, val, data.shared_classes(source, val)[0]
+
+
+def first_seed(study: Study):
+    """The methods' runs on the first seed, made where missing: (cells, results) by method."""
+    groups = {method: [study.cell(study.seeds[0], method=method)] for method in study.methods}
+    results = run_groups(study, groups)
+    return {m: group[0] for m, group in groups.items()}, results
+
+
+def spread_images(dataset: data.DataSet, count: int) -> Iterator[tuple]:
+    """(index, image 3 H W, label H' W') of at most `count` images, evenly over a split."""
     picks = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-    pairs = torch.utils.data.Subset(data.Pairs(dataset), picks.tolist())
-    for _, image, label in data.checked(pairs[i] for i in range(len(pairs))):
-        yield image, label
+    pairs = data.Pairs(dataset)
+    yield from data.checked(pairs[int(i)] for i in picks)
 
 
 @torch.no_grad()
 def labelled_features(
     G: Generator, dataset: data.DataSet, table: np.ndarray, count: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(features N d, train ids N) of each image, at the labelled pixels of E's grid.
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(index, features N d, train ids N) of each image, at the labelled pixels of E's grid.
 
     Ours, as the paper does not say: the features are what the classifiers read (of VGG-16's three
     maps the deepest), in evaluation mode; a label is down-sampled to their grid by taking the
@@ -367,18 +458,19 @@ def labelled_features(
     device = next(G.parameters()).device
     to_source = torch.from_numpy(table)
     G.eval()
-    for image, label in all_images(dataset, count):
+    for i, image, label in spread_images(dataset, count):
         x = G.features(image[None].to(device))
         x = (x[-1] if isinstance(x, tuple) else x)[0].float().cpu()  # d h w
         label = to_source[label.int()][None, None].float()
         ids = F.interpolate(label, size=x.shape[-2:], mode="nearest-exact").flatten().long()
-        yield x.flatten(1).T[ids < G.num_classes], ids[ids < G.num_classes]
+        seen = ids < G.num_classes
+        yield i, x.flatten(1).T[seen], ids[seen]
 
 
 def class_centres(G, dataset, table, count: int) -> torch.Tensor:
     """The mean feature of each class over the pixels of a split, C d float64; NaN if unseen."""
     total, pixels = 0, torch.zeros(G.num_classes, dtype=torch.float64)
-    for x, ids in labelled_features(G, dataset, table, count):
+    for _, x, ids in labelled_features(G, dataset, table, count):
         one_hot = F.one_hot(ids, G.num_classes).double()  # N C
         total = total + one_hot.T @ x.double()
         pixels += one_hot.sum(dim=0)
@@ -387,93 +479,86 @@ def class_centres(G, dataset, table, count: int) -> torch.Tensor:
 
 def cluster_distance(G, source, target, table, count: int) -> torch.Tensor:
     """Euclidean distance between the class centres of two domains, C float64 (Section 4.4)."""
-    same = np.arange(256, dtype=np.uint8)
-    a, b = class_centres(G, source, same, count), class_centres(G, target, table, count)
+    own = np.arange(256, dtype=np.uint8)
+    a, b = class_centres(G, source, own, count), class_centres(G, target, table, count)
     return (a - b).norm(dim=1)
 
 
-def opened(given: dict):
-    """(source, labelled target validation split, table of train ids) of a run."""
-    source, _, val = train.open_all(train.configure(given)[0])
-    return source, val, data.shared_classes(source, val)[0]
-
-
-def load(path: Path, device: str = "cpu") -> Generator:
-    G, _ = evaluation.load_generator(path, say=lambda _: None)
-    return G.to(device)
-
-
-def untrained(given: dict) -> Generator:
-    """G with the weights that a run starts from."""
-    settings, hyper = train.configure(given)
-    run = train.prepare(settings, hyper, None, Console(quiet=True))
-    return run.G
+def over_training(cells: dict[str, dict]) -> dict[str, dict[int, Path]]:
+    """Checkpoints by method and step. Those of a shared warm-up lie with one of the runs."""
+    own = {
+        method: {evaluation.read_metadata(p)["step"]: p for p in given["out"].glob("step_*")}
+        for method, given in cells.items()
+    }
+    for method, given in cells.items():
+        start = train.configure(given)[1].adv_start
+        for other in cells:
+            if warm_up(cells[other]) == warm_up(given):
+                own[method] |= {s: p for s, p in own[other].items() if s <= start}
+    return {method: dict(sorted(steps.items())) for method, steps in own.items()}
 
 
 def ccd(study: Study) -> None:
     """Figure 4 (left) and Figure 6: cluster-centre distances over training and by class.
 
-    Distances are divided by those of the network before any training, so that this is at 1. The
-    target's labels come from its validation split. First seed.
+    Distances are divided by those before any training, so that this is at 1: an ImageNet network
+    for r101, vgg16 and lite0; for tiny a random one, whose distances mean little, so that there
+    only the comparison of methods counts. The target's labels are of its validation split. One
+    seed, the first.
     """
-    groups = method_cells(study)
-    results = run_groups(study, groups)
-    cells = {method: group[0] for method, group in groups.items()}
+    cells, results = first_seed(study)
     first = next(iter(cells.values()))
-    source, val, table = opened(first)
-    device = evaluation.find_device(study.given.get("device", "auto"))
+    source, val, table = open_target(first)
+    if study.marked not in data.shared_classes(source, val)[1]:
+        raise ValueError(f"--class {study.marked} is not in both {source.name} and {val.name}")
+    device = device_of(study)
 
     def measure(G):
         return cluster_distance(G.to(device), source, val, table, study.images)
 
-    start = measure(untrained(first))
-    curves = {}
-    for method, given in cells.items():
-        paths = sorted(given["out"].glob("step_*.safetensors"))
-        steps = [evaluation.read_metadata(path)["step"] for path in paths]
-        curves[method] = (steps, torch.stack([measure(load(path)) for path in paths]) / start)
-    if study.marked not in source.classes:
-        raise ValueError(f"--class {study.marked} is none of {', '.join(source.classes)}")
-    marked = source.classes.index(study.marked)
-
+    start = measure(train.prepare(*train.configure(first), None, Console(quiet=True)).G)
+    curves = {
+        method: {step: measure(load(path, device)) / start for step, path in steps.items()}
+        for method, steps in over_training(cells).items()
+    }
+    picks = {
+        study.marked: lambda x: x[source.classes.index(study.marked)].item(),
+        "mean over classes": lambda x: x.nanmean().item(),
+    }
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for ax, title, pick in zip(
-        figure.subplots(1, 2),
-        (study.marked, "mean over classes"),
-        (lambda x: x[:, marked], lambda x: x.nanmean(dim=1)),
-        strict=True,
-    ):
-        for method, (steps, values) in curves.items():
-            ax.plot([0, *steps], [1.0, *pick(values).tolist()], label=LABELS[method])
+    for ax, (title, pick) in zip(figure.subplots(1, 2), picks.items(), strict=True):
+        for method, values in curves.items():
+            ax.plot([0, *values], [1.0, *map(pick, values.values())], label=LABELS[method])
         ax.set(title=title, xlabel="step", ylabel="cluster distance / before training")
         ax.legend(fontsize=8)
-    save_figure(study, figure, f"ccd-curve-{study.task}")
+    distinct = [r for group in results.values() for r in group]
+    save_figure(study, figure, f"ccd-curve-{study.task}", distinct)
 
-    last = {"before training": start / start} | {LABELS[m]: v[-1] for m, (_, v) in curves.items()}
+    last = {LABELS[m]: values[max(values)] for m, values in curves.items()}
+    last = {"before training": start / start} | last
     seen = [i for i in range(len(source.classes)) if not torch.isnan(start[i])]
     names = [source.classes[i] + " *" * (source.classes[i] in INFREQUENT) for i in seen]
+    columns = {label: values[seen].tolist() for label, values in last.items()}
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    bars(figure.subplots(), names, {k: v[seen].tolist() for k, v in last.items()})
+    bars(figure.subplots(), names, columns)
     figure.axes[0].set_ylabel("cluster distance / before training")
-    save_figure(study, figure, f"ccd-classes-{study.task}")
+    save_figure(study, figure, f"ccd-classes-{study.task}", distinct)
 
-    columns = [v[seen].tolist() for v in last.values()]
-    rows = [[name, *(f"{c[i]:.2f}" for c in columns)] for i, name in enumerate(names)]
-    rows.append(["mean", *(f"{np.mean(c):.2f}" for c in columns)])
-    notes = [
+    rows = [[name, *(f"{c[i]:.2f}" for c in columns.values())] for i, name in enumerate(names)]
+    rows.append(["mean", *(f"{np.mean(c):.2f}" for c in columns.values())])
+    note = (
         f"Euclidean distance between the domains' mean features, up to {study.images} images of "
-        "each, over the distance before training; last checkpoint, first seed. * infrequent.",
-        provenance(study, [group[0] for group in results.values()]),
-    ]
-    write(study, f"ccd-{study.task}", ["class", *last], rows, notes)
+        "each, over the distance before training; last checkpoint, first seed. * infrequent."
+    )
+    write(study, f"ccd-{study.task}", ["class", *columns], rows, note, results)
 
 
-def bars(ax, names: list[str], groups: dict[str, list[float]], errors: dict | None = None) -> None:
+def bars(ax, names: list[str], groups: dict[str, list[float]]) -> None:
     """Grouped bars, one group a name, one colour a key."""
     width = 0.8 / len(groups)
     for k, (label, values) in enumerate(groups.items()):
         x = np.arange(len(names)) + (k - (len(groups) - 1) / 2) * width
-        ax.bar(x, values, width, label=label, yerr=errors and errors[label])
+        ax.bar(x, values, width, label=label)
     slanted = len(names) > 8
     ax.set_xticks(
         range(len(names)), names, rotation=40 if slanted else 0, ha="right" if slanted else "center"
@@ -483,13 +568,7 @@ def bars(ax, names: list[str], groups: dict[str, list[float]], errors: dict | No
 
 # Figure 4 (right): the parameters of the adaptive weight.
 
-GRID = tuple((eps, 40.0) for eps in (0.1, 0.2, 0.4, 0.8))
-GRID += tuple((0.4, slope) for slope in (10.0, 20.0, 40.0, 80.0))
-
-
-def metrics(out: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    return list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+EPS, SLOPES = (0.1, 0.2, 0.4, 0.8), (10.0, 20.0, 40.0, 80.0)
 
 
 def d_loss(given: dict) -> float:
@@ -500,159 +579,161 @@ def d_loss(given: dict) -> float:
 
 def params(study: Study) -> None:
     """Figure 4 (right): target mIoU (bars) and D's loss (line) over eps and lambda_local."""
-    cells = {
-        (eps, slope): [
-            study.cell(f"eps{eps:g}-lambda{slope:g}", seed, eps=eps, lambda_local=slope)
-            for seed in study.seeds
-        ]
-        for eps, slope in GRID
-    }
-    tan = [study.cell("tan", seed, method="tan") for seed in study.seeds]
-    results = run_groups(study, cells | {"tan": tan})
-    miou = {name: [r["miou"] for r in group] for name, group in results.items()}
+    groups = {"TAN": study.cells(method="tan")}
+    groups |= {("eps", v): study.cells(eps=v, lambda_local=40.0) for v in EPS}
+    groups |= {("lambda_local", v): study.cells(eps=0.4, lambda_local=v) for v in SLOPES}
+    results = run_groups(study, groups)
+    losses = {name: float(np.mean([d_loss(given) for given in groups[name]])) for name in groups}
+    baseline = 100 * spread(map(miou, results["TAN"]))[0]
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    rows = []
-    for ax, points, label in zip(
-        figure.subplots(1, 2), (GRID[:4], GRID[4:]), ("eps", "lambda_local"), strict=True
+    for ax, (label, values) in zip(
+        figure.subplots(1, 2), (("eps", EPS), ("lambda_local", SLOPES)), strict=True
     ):
-        names = [f"{p[label != 'eps']:g}" for p in points]
-        scores = [spread(miou[p]) for p in points]
-        losses = [float(np.mean([d_loss(given) for given in cells[p]])) for p in points]
+        names = [f"{v:g}" for v in values]
+        scores = [spread(map(miou, results[label, v])) for v in values]
         errors = [0 if np.isnan(s) else 100 * s for _, s in scores]
         ax.bar(names, [100 * m for m, _ in scores], yerr=errors, color="C0", alpha=0.7)
-        ax.axhline(100 * np.mean(miou["tan"]), color="C2", ls="--", label="TAN")
+        ax.axhline(baseline, color="C2", ls="--", label="TAN")
         ax.legend(fontsize=8, loc="lower left")
         ax.set(xlabel=label, ylabel="target mIoU, %")
         right = ax.twinx()
-        right.plot(names, losses, "C1o-")
+        right.plot(names, [losses[label, v] for v in values], "C1o-")
         right.set_ylabel("loss of D", color="C1")
         right.set_ylim(bottom=0)
-        rows += [
-            [f"{p[0]:g}", f"{p[1]:g}", percent(miou[p]), f"{loss:.2f}"]
-            for p, loss in zip(points, losses, strict=True)
+    save_figure(
+        study, figure, f"params-{study.task}", [r for group in results.values() for r in group]
+    )
+    rows = [
+        [
+            name if name == "TAN" else f"{name[0]} {name[1]:g}",
+            percent(map(miou, group)),
+            difference(group, results["TAN"]),
+            f"{losses[name]:.2f}",
         ]
-    loss = np.mean([d_loss(given) for given in tan])
-    rows.append(["TAN", "", percent(miou["tan"]), f"{loss:.2f}"])
-    save_figure(study, figure, f"params-{study.task}")
-    notes = [
-        "Target mIoU in %, last checkpoint; D's loss over the last fifth of the adversarial steps.",
-        provenance(study, [r for group in results.values() for r in group]),
+        for name, group in results.items()
     ]
-    write(study, f"params-{study.task}", ["eps", "lambda_local", "mIoU", "D's loss"], rows, notes)
+    note = (
+        "eps at lambda_local = 40, and lambda_local at eps = 0.4. Target mIoU in %, last "
+        f"checkpoint; D's loss over the last fifth of the adversarial steps. {INTERVALS}"
+    )
+    header = ["parameter", "mIoU", "minus TAN", "D's loss"]
+    write(study, f"params-{study.task}", header, rows, note, results)
 
 
 # Figures 3 and 5, and what the adaptive weight looks like.
 
-FOUR = ("building", "traffic sign", "pole", "vegetation")  # the classes of Figure 3
+FIGURE_3 = ("building", "traffic sign", "pole", "vegetation")
+
+
+def some_of_each(i: int, ids: torch.Tensor, wanted: list[int], most: int) -> np.ndarray:
+    """Where at most `most` pixels of each class lie in image i: the same for all networks."""
+    order = np.random.default_rng(i).permutation(len(ids))
+    shuffled = ids.numpy()[order]
+    return np.concatenate([order[shuffled == c][:most] for c in wanted])
 
 
 def tsne(study: Study) -> None:
-    """Figure 3: t-SNE of target features of four classes, source only, TAN and CLAN. First seed.
+    """Figure 3: t-SNE of target features of four classes by source only, TAN and CLAN.
 
-    At most 150 features a class, the same pixels for every network.
+    At most 150 features a class, the same pixels for every network. First seed.
     """
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise ValueError("t-SNE needs scikit-learn: pip install scikit-learn") from error
-    groups = method_cells(study)
-    run_groups(study, groups)
-    cells = {method: group[0] for method, group in groups.items()}
-    source, val, table = opened(next(iter(cells.values())))
-    wanted = [source.classes.index(name) for name in FOUR if name in source.classes]
+    cells, results = first_seed(study)
+    source, val, table = open_target(next(iter(cells.values())))
+    wanted = [source.classes.index(name) for name in FIGURE_3 if name in source.classes]
     palette = evaluation.palette_of(source.classes) / 255
 
     figure = Figure(figsize=(4 * len(cells), 3.8), layout="constrained")
     axes = figure.subplots(1, len(cells), squeeze=False)[0]
     for ax, (method, given) in zip(axes, cells.items(), strict=True):
-        G = load(evaluation.newest_checkpoint(given["out"]))
-        parts = list(labelled_features(G, val, table, min(study.images, 100)))
-        x, ids = (torch.cat(part) for part in zip(*parts, strict=True))
-        rng = np.random.default_rng(0)
-        where = [np.flatnonzero((ids == c).numpy()) for c in wanted]
-        picks = np.concatenate([rng.permutation(w)[:150] for w in where])
+        G = load(evaluation.newest_checkpoint(given["out"]), device_of(study))
+        x, of = [], []
+        for i, features, ids in labelled_features(G, val, table, min(study.images, 100)):
+            picks = some_of_each(i, ids, wanted, 20)
+            x.append(features[picks])
+            of.append(ids[picks])
+        x, of = torch.cat(x), torch.cat(of)
+        picks = some_of_each(0, of, wanted, 150)
         if len(picks) < 8:
-            raise ValueError(f"fewer than 8 labelled features of {', '.join(FOUR)} in {val.name}")
+            raise ValueError(f"fewer than 8 labelled features of {', '.join(FIGURE_3)}: {val.name}")
         perplexity = min(30, (len(picks) - 1) / 3)
         flat_x = TSNE(random_state=0, init="pca", perplexity=perplexity).fit_transform(x[picks])
         for c in wanted:
-            at = flat_x[ids[picks].numpy() == c]
+            at = flat_x[of[picks].numpy() == c]
             ax.scatter(*at.T, s=6, color=palette[c], label=source.classes[c])
         ax.set(title=LABELS[method], xticks=[], yticks=[])
     axes[-1].legend(fontsize=8)
-    save_figure(study, figure, f"tsne-{study.task}")
+    save_figure(study, figure, f"tsne-{study.task}", [r for g in results.values() for r in g])
 
 
 def figure5(study: Study) -> None:
     """Figure 5: target image, each method's prediction, truth. First seed."""
-    groups = method_cells(study)
-    run_groups(study, groups)
-    cells = {method: group[0] for method, group in groups.items()}
-    source, val, table = opened(next(iter(cells.values())))
-    networks = {LABELS[m]: load(evaluation.newest_checkpoint(c["out"])) for m, c in cells.items()}
-    study.to.mkdir(parents=True, exist_ok=True)
-    path = study.to / f"figure5-{study.task}.png"
-    evaluation.draw(path, val, table, networks, "cpu", source.classes, count=4)
-    print(f"wrote {path}", flush=True)
-
-
-def load_discriminator(path: Path) -> Discriminator:
-    """D as a checkpoint of train.py holds it."""
-    meta = evaluation.read_metadata(path)
-    D = Discriminator(len(meta["classes"]), meta["settings"]["d_channels"])
-    tensors = train.load_file(path)
-    D.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("D.")})
-    return D.eval()
+    cells, results = first_seed(study)
+    source, val, table = open_target(next(iter(cells.values())))
+    device = device_of(study)
+    networks = {
+        LABELS[m]: load(evaluation.newest_checkpoint(given["out"]), device)
+        for m, given in cells.items()
+    }
+    figure = evaluation.draw(val, table, networks, device, source.classes, count=4)
+    save_figure(study, figure, f"figure5-{study.task}", [r for g in results.values() for r in g])
 
 
 @torch.no_grad()
-def look(G, image: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:
-    """(p, M) of one image 3 H W: the ensemble C h' w' and the discrepancy h' w' at `size`."""
+def ensemble_and_m(G, image: torch.Tensor, size) -> tuple[torch.Tensor, torch.Tensor]:
+    """(p, M) of one image 3 H W on the CPU: the ensemble C h' w', the discrepancy h' w'."""
     G.eval()
-    logits_1, logits_2 = (clan.upsample(x, size) for x in G(image[None]))
+    images = image[None].to(next(G.parameters()).device)
+    logits_1, logits_2 = (clan.upsample(x, size) for x in G(images))
     m = discrepancy_map(logits_1.softmax(dim=1), logits_2.softmax(dim=1))
-    return (logits_1 + logits_2).softmax(dim=1)[0], m[0, 0]
+    return (logits_1 + logits_2).softmax(dim=1)[0].cpu(), m[0, 0].cpu()
 
 
 def weightmap(study: Study) -> None:
     """What the adaptive weight does: M, the weight and D's answer on one target image.
 
-    Before adaptation, where it is to act, and after. First seed of CLAN.
+    When adaptation starts and when it has ended, both judged by the D of the end, which alone has
+    learnt. First seed of CLAN.
     """
-    given = study.cell("clan", study.seeds[0], method="clan")
-    run_cells(study, [given])
-    source, val, table = opened(given)
+    given = study.cell(study.seeds[0], method="clan")
+    results = run_cells(study, [given])
+    source, val, table = open_target(given)
     _, hyper = train.configure(given)
-    image, label = next(all_images(val, 1))
-    truth = table[label.numpy()]
+    _, image, label = next(spread_images(val, 1))
     last = evaluation.newest_checkpoint(given["out"])
-    paths = {"before": given["out"] / train.BEFORE, "after": last}
+    start = given["out"] / train.BEFORE
+    if not start.exists():  # adversarial from the first step on
+        start = min(given["out"].glob("step_*"))
+    D = Discriminator(len(source.classes), hyper.d_channels)
+    load_weights(D, last, say=lambda _: None)
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     axes = figure.subplots(2, 5)
     palette = evaluation.palette_of(source.classes)
-    for row, (when, path) in zip(axes, paths.items(), strict=True):
-        if not path.exists():  # adversarial from the first step: no state before adaptation
-            path = sorted(given["out"].glob("step_*.safetensors"))[0]
-        G, D = load(path), load_discriminator(last)
-        p, m = look(G, image, tuple(image.shape[-2:]))
+    left = {"target image": image.permute(1, 2, 0), "truth": palette[table[label.numpy()]]}
+    for row, (name, pixels), path in zip(axes, left.items(), (start, last), strict=True):
+        step = evaluation.read_metadata(path)["step"]
+        p, m = ensemble_and_m(load(path, torch.device("cpu")), image, tuple(image.shape[-2:]))
         with torch.no_grad():
             answer = clan.domain_logits(D, p[None])[0, 0].sigmoid()
-        pred = p.argmax(dim=0).numpy()
-        row[0].imshow(image.permute(1, 2, 0) if when == "before" else palette[truth])
-        row[1].imshow(palette[pred])
-        shown = [(m, "magma", None), (hyper.lambda_local * m + hyper.eps, "magma", 0)]
-        shown += [(answer, "coolwarm", 0)]
-        titles = ("target image" if when == "before" else "truth", f"prediction {when}")
-        titles += ("M", "weight lambda_local M + eps", "D: probability of source")
-        for ax, (values, colours, low) in zip(row[2:], shown, strict=True):
-            high = 1 if colours == "coolwarm" else None
+        row[0].imshow(pixels)
+        row[1].imshow(palette[p.argmax(dim=0).numpy()])
+        titles = (name, f"prediction, step {step}", "M", "weight lambda_local M + eps")
+        weight = hyper.lambda_local * m + hyper.eps
+        for ax, values, colours, low, high in (
+            (row[2], m, "magma", 0, None),
+            (row[3], weight, "magma", 0, None),
+            (row[4], answer, "coolwarm", 0, 1),
+        ):
             drawn = ax.imshow(values, cmap=colours, vmin=low, vmax=high)
             figure.colorbar(drawn, ax=ax, shrink=0.6)
-        for ax, title in zip(row, titles, strict=True):
+        for ax, title in zip(row, (*titles, "final D: probability of source"), strict=True):
             ax.set_title(title, fontsize=9)
             ax.axis("off")
-    save_figure(study, figure, f"weightmap-{study.task}")
+    save_figure(study, figure, f"weightmap-{study.task}", results)
 
 
 # Does M tell where the ensemble is wrong?
@@ -675,22 +756,21 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def m_and_errors(G, val, table, count: int):
-    """M, 1 - confidence, wrong (bool) and class of the labelled pixels of a split, each flat."""
+def m_and_errors(G, val, table, count: int, most: int = 20_000):
+    """M, 1 - confidence, wrong (bool) and class of labelled pixels, at most `most` of an image."""
     parts = []
-    for image, label in all_images(val, count):
+    for i, image, label in spread_images(val, count):
         ids = torch.from_numpy(table[label.numpy()])
-        p, m = look(G, image, ids.shape)
+        p, m = ensemble_and_m(G, image, ids.shape)
         confidence, pred = p.max(dim=0)
-        seen = ids < G.num_classes
-        values = (m, 1 - confidence, pred != ids, ids)
-        parts.append([x[seen].numpy() for x in values])
+        seen = (ids < G.num_classes).flatten().nonzero()[:, 0].numpy()
+        picks = np.random.default_rng(i).permutation(seen)[:most]
+        parts.append([x.flatten().numpy()[picks] for x in (m, 1 - confidence, pred != ids, ids)])
     return (np.concatenate(part) for part in zip(*parts, strict=True))
 
 
-def disagreement_row(path: Path, val, table, classes, count: int) -> tuple[dict, dict]:
-    """Of one checkpoint: numbers over all pixels, and the correlation of M with error by class."""
-    G = load(path)
+def agreement(G: Generator, val, table, classes, count: int) -> tuple[dict, dict]:
+    """Of one network: numbers over all pixels, and the correlation of M with error by class."""
     m, doubt, wrong, ids = m_and_errors(G, val, table, count)
     a, b = (torch.cat([w.flatten() for w in head]) for head in G.classifier_weights(False))
     numbers = {
@@ -704,76 +784,88 @@ def disagreement_row(path: Path, val, table, classes, count: int) -> tuple[dict,
     return numbers, by_class
 
 
-DISAGREE = {
-    "lambda_weight 0": {"lambda_weight": 0.0},
-    "lambda_weight 0.01": {"lambda_weight": 0.01},
-    "lambda_weight 0.03": {"lambda_weight": 0.03},
-    "lambda_weight 0.1": {"lambda_weight": 0.1},
-    "a loss for each head": {"seg_heads": "each", "lambda_weight": 0.01},
-    "each head, 0.1": {"seg_heads": "each", "lambda_weight": 0.1},
-}
+def head_settings(study: Study) -> dict[str, dict]:
+    """What may make the two heads disagree: the rows of `disagreement`."""
+    _, hyper = train.configure(study.given)
+    return {
+        "as it is": {},
+        "lambda_weight 0": {"lambda_weight": 0.0},
+        "lambda_weight 0.1": {"lambda_weight": 0.1},
+        "heads from N(0, 0.03)": {"head_std": 0.03},
+        "heads from N(0, 0.06)": {"head_std": 0.06},
+        "no gradient through M": {"detach_m": True},
+        "a loss for each head": {"seg_heads": "each"},
+        "half the steps": {"steps": hyper.steps // 2, "adv_start": hyper.adv_start // 2},
+    }
 
 
 def disagreement(study: Study) -> None:
     """What makes M informative: M against the error of the ensemble on the target, by setting.
 
-    Means over seeds; correlation is between M and being wrong, over pixels.
+    When adaptation starts and at its end. Correlation is over pixels, between M and being wrong.
     """
-    cells = {
-        label: [study.cell(f"m{i}", seed, **change) for seed in study.seeds]
-        for i, (label, change) in enumerate(DISAGREE.items())
-    }
-    results = run_groups(study, cells)
-    source, val, table = opened(cells["lambda_weight 0"][0])
+    groups = {name: study.cells(**change) for name, change in head_settings(study).items()}
+    results = run_groups(study, groups)
+    source, val, table = open_target(groups["as it is"][0])
+    count, device = min(study.images, 100), device_of(study)
     rows, classes = [], {}
-    for label, group in cells.items():
-        for when in ("before", "after"):
-            paths = [
-                g["out"] / train.BEFORE if when == "before" else last_checkpoint(g["out"])
-                for g in group
-            ]
-            found = [
-                disagreement_row(path, val, table, source.classes, min(study.images, 100))
-                for path in paths
-                if path.exists()
-            ]
-            if not found:
+    for name, cells in groups.items():
+        for when, path_of in (
+            ("start", lambda out: out / train.BEFORE),
+            ("end", evaluation.newest_checkpoint),
+        ):
+            paths = [p for p in (path_of(given["out"]) for given in cells) if p.exists()]
+            if not paths:  # adversarial from the first step on
                 continue
-            numbers = {k: np.mean([n[k] for n, _ in found]) for k in found[0][0]}
-            key = "miou_before" if when == "before" else "miou"
-            score = percent(r[key] for r in results[label])
-            rows.append([label, when, score, *(f"{v:.3f}" for v in numbers.values())])
-            classes[f"{label}, {when}"] = [
-                spread([c[name] for _, c in found if not np.isnan(c[name])])[0]
-                for name in source.classes
+            found = [agreement(load(p, device), val, table, source.classes, count) for p in paths]
+            scores = [r.get("miou_before") if when == "start" else r["miou"] for r in results[name]]
+            means = [spread([n[k] for n, _ in found])[0] for k in found[0][0]]
+            rows.append([name, when, percent(scores), *(f"{v:.3f}" for v in means)])
+            classes[name, when] = [
+                spread([c[k] for _, c in found if not np.isnan(c[k])])[0] for k in source.classes
             ]
-            header = ["setting", "adaptation", "mIoU", *numbers]
-    notes = [
-        "M against being wrong, over the pixels of the target's validation split; AUC is the "
-        "chance that a wrong pixel has the larger value.",
-        provenance(study, [r for group in results.values() for r in group]),
-    ]
-    write(study, f"disagreement-{study.task}", header, rows, notes)
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    ax = figure.subplots()
-    bars(ax, list(source.classes), {k: v for k, v in classes.items() if k.endswith("before")})
-    ax.set_ylabel("correlation of M with error")
-    save_figure(study, figure, f"disagreement-{study.task}")
+            header = ["setting", "adaptation's", "mIoU", *found[0][0]]
+    note = (
+        f"M against being wrong, over {count} images of the target's validation split, at most "
+        "20,000 pixels of each; means over seeds. AUC is the chance that a wrong pixel has the "
+        "larger value."
+    )
+    write(study, f"disagreement-{study.task}", header, rows, note, results)
+    shown = "start" if any(when == "start" for _, when in classes) else "end"
+    by_class = {name: values for (name, when), values in classes.items() if when == shown}
+    columns = zip(source.classes, *by_class.values(), strict=True)
+    rows = [[name, *(f"{v:.2f}" for v in values)] for name, *values in columns]
+    note = f"Correlation of M with being wrong at adaptation's {shown}, by class."
+    write(study, f"disagreement-classes-{study.task}", ["class", *by_class], rows, note, results)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    bars(figure.subplots(), list(source.classes), by_class)
+    figure.axes[0].set_ylabel("correlation of M with error")
+    distinct = [r for group in results.values() for r in group]
+    save_figure(study, figure, f"disagreement-{study.task}", distinct)
 
 
 # Where M puts the weight, or how much weight there is?
 
 
-def mean_weight(given: dict) -> float:
-    """lambda_local * M + eps of a finished CLAN run, averaged over pixels and logged steps."""
+def mean_weight(given: dict) -> float | None:
+    """The weight of the adversarial loss in a finished CLAN run, over pixels and logged steps."""
     _, hyper = train.configure(given)
+    lines = [line for line in metrics(given["out"]) if "m" in line]
+    if not lines:
+        return None
     if hyper.weight_map == "mean1":
         return 1.0
-    m = [line["m"] for line in metrics(given["out"]) if "m" in line]
-    return hyper.lambda_local * float(np.mean(m)) + hyper.eps
+    weights = [
+        hyper.lambda_local * line["m"] + hyper.eps
+        if clan.is_adaptive(line["step"] - 1, hyper)
+        else 1.0
+        for line in lines
+    ]
+    return float(np.mean(weights))
 
 
 REGIMES = {"look and layout": (0.5, 0.5), "look alone": (0.5, 0.0)}
+SCALED = "(a) TAN, lambda_adv times CLAN's mean weight"
 
 
 def control(study: Study) -> None:
@@ -785,29 +877,21 @@ def control(study: Study) -> None:
     regimes = {name: {"shift": shift} for name, shift in REGIMES.items()}
     if settings.tgt != "streets" or "shift" in study.given:
         regimes = {"": {}}
-
-    def cells(regime: str, name: str, change: dict) -> list[dict]:
-        letter = name[1] if name.startswith("(") else name.split()[0].lower()
-        label = "look-" * (regime == "look alone") + letter
-        if name == "TAN" and study.tan:
-            label += f"-adv{study.tan['lambda_adv']:g}"
-        return [study.cell(label, seed, **regimes[regime], **change) for seed in study.seeds]
-
-    groups = {(r, name): cells(r, name, v) for r in regimes for name, v in variants(study).items()}
+    groups = {
+        (regime, name): study.cells(**shift, **change)
+        for regime, shift in regimes.items()
+        for name, change in variants(study).items()
+    }
     results = run_groups(study, groups)
-    scaled = {}
-    for regime in regimes:
-        means = [mean_weight(given) for given in groups[regime, "CLAN"]]
-        group = cells(regime, SCALED, {"method": "tan"})
-        for given, mean in zip(group, means, strict=True):
-            given["lambda_adv"] = hyper.lambda_adv * mean
-        scaled[regime, SCALED] = group
-    groups, results = groups | scaled, results | run_groups(study, scaled)
+    for regime, shift in regimes.items():
+        rates = [hyper.lambda_adv * mean_weight(given) for given in groups[regime, "CLAN"]]
+        groups[regime, SCALED] = [
+            study.cell(seed, **shift, method="tan", lambda_adv=rate)
+            for seed, rate in zip(study.seeds, rates, strict=True)
+        ]
+    results = run_groups(study, groups)
     for regime in regimes:
         control_table(study, regime, groups, results)
-
-
-SCALED = "(a) TAN, lambda_adv times CLAN's mean weight"
 
 
 def variants(study: Study) -> dict[str, dict]:
@@ -815,10 +899,9 @@ def variants(study: Study) -> dict[str, dict]:
     settings, hyper = train.configure(study.given)
     recipe = "released" if settings.recipe == "paper" else "paper"
     detached = "(e) gradient through M" if hyper.detach_m else "(e) no gradient through M"
-    tan = {"method": "tan"} | study.tan
     return {
         "source only": {"method": "source"},
-        "TAN": tan,
+        "TAN": {"method": "tan"},
         "CLAN": {},
         "(b) M shuffled over the pixels": {"weight_map": "shuffled"},
         "(c) Eq. 4, every weight 1": {"lambda_local": 0.0, "eps": 1.0},
@@ -829,68 +912,87 @@ def variants(study: Study) -> dict[str, dict]:
     }
 
 
+def lost_classes(result: dict, baseline: dict) -> int:
+    """How many classes fall more than 2 points of IoU below those of another result."""
+    pairs = [(v, baseline["iou"][name]) for name, v in result["iou"].items()]
+    return sum(a < b - 0.02 for a, b in pairs if None not in (a, b))
+
+
 def control_table(study: Study, regime: str, groups: dict, results: dict) -> None:
     """The control in one regime of streets."""
     results = {name: group for (r, name), group in results.items() if r == regime}
-    baseline = results["source only"]
     rows = []
     for name, group in results.items():
-        rare = [
-            np.mean([r["iou"][c] for c in INFREQUENT if r["iou"].get(c) is not None]) for r in group
-        ]
-        lost = [
-            sum(
-                r["iou"][c] < b["iou"][c] - 0.02
-                for c in r["iou"]
-                if None not in (r["iou"][c], b["iou"][c])
-            )
-            for r, b in zip(group, baseline, strict=True)
-        ]
-        given = groups[regime, name]
-        weights = [mean_weight(g) for g in given] if "m" in metrics(given[0]["out"])[-1] else []
-        row = [name, percent(r["miou"] for r in group), percent(rare), f"{np.mean(lost):.1f}"]
+        rare = [spread(r["iou"].get(c) for c in INFREQUENT)[0] for r in group]
+        lost = [lost_classes(*both) for both in zip(group, results["source only"], strict=True)]
+        row = [name, percent(map(miou, group)), percent(rare), f"{np.mean(lost):.1f}"]
         row += [difference(group, results["TAN"]), difference(group, results["CLAN"])]
-        rows.append([*row, f"{np.mean(weights):.2f}" if weights else ""])
+        weight, _ = spread(mean_weight(given) for given in groups[regime, name])
+        rows.append([*row, "" if np.isnan(weight) else f"{weight:.2f}"])
     header = ["variant", "mIoU", "infrequent", "classes lost", "minus TAN", "minus CLAN"]
-    notes = [
+    note = (
         f"Streets, shift of {regime}. " * bool(regime) + "mIoU and mean IoU of "
-        f"{', '.join(INFREQUENT)} in %, last checkpoint, mean ± deviation; classes lost: how many "
-        "fall more than 2 points below source only; paired differences with 95 % bootstrap "
-        "intervals; mean weight: lambda_local M + eps over the adversarial steps.",
-        provenance(study, [r for group in results.values() for r in group]),
-    ]
+        f"{', '.join(INFREQUENT)} in %, last checkpoint, mean ± deviation. Classes lost: how many "
+        f"fall more than 2 points below source only. {INTERVALS} Mean weight: "
+        "lambda_local M + eps over the adversarial steps."
+    )
     name = "-".join(["control", study.task, *regime.split()])
-    write(study, name, [*header, "mean weight"], rows, notes)
+    write(study, name, [*header, "mean weight"], rows, note, results)
 
 
-SWEEP = (0.0005, 0.005, 0.02, 0.05, 0.1)
+RATES = (0.0005, 0.005, 0.02, 0.05)
 
 
 def sweep(study: Study) -> None:
     """lambda_adv for TAN and for CLAN, each on its own: how a setting is chosen (tuning seeds)."""
     groups = {
-        (method, value): [
-            study.cell(f"{method}-adv{value:g}", seed, method=method, lambda_adv=value)
-            for seed in study.seeds
-        ]
+        (method, rate): study.cells(method=method, lambda_adv=rate)
         for method in ("tan", "clan")
-        for value in SWEEP
+        for rate in RATES
     }
     results = run_groups(study, groups)
     rows = [
-        [f"{v:g}", *(percent(r["miou"] for r in results[m, v]) for m in ("tan", "clan"))]
-        for v in SWEEP
+        [f"{rate:g}", *(percent(map(miou, results[m, rate])) for m in ("tan", "clan"))]
+        for rate in RATES
     ]
-    notes = [
-        "Target mIoU in %, on tuning seeds: for choosing, not for reporting.",
-        provenance(study, [r for group in results.values() for r in group]),
-    ]
-    write(study, f"sweep-{study.task}", ["lambda_adv", "TAN", "CLAN"], rows, notes)
+    note = "Target mIoU in %, last checkpoint, on tuning seeds: for choosing, not for reporting."
+    write(study, f"sweep-{study.task}", ["lambda_adv", "TAN", "CLAN"], rows, note, results)
 
 
-# Real to real: CamVid by day to CamVid at dusk.
+# Photographs as the target.
 
-DAY = ("0006R0", "0016E5")
+REMEDIES = {
+    "as it is": {},
+    "BatchNorm statistics of both domains": {"batchnorm": "batch"},
+    "more colour jitter": {"jitter": 0.5},
+    "both": {"batchnorm": "batch", "jitter": 0.5},
+}
+
+
+def remedies(study: Study) -> None:
+    """What might help where adaptation gains little: BatchNorm's statistics, colour jitter."""
+    groups = {
+        (remedy, method): study.cells(method=method, **change)
+        for remedy, change in REMEDIES.items()
+        for method in study.methods
+    }
+    results = run_groups(study, groups)
+    adapted = [m for m in study.methods if m != "source" and "source" in study.methods]
+    rows = []
+    for remedy in REMEDIES:
+        row = [remedy, *(percent(map(miou, results[remedy, m])) for m in study.methods)]
+        row += [difference(results[remedy, m], results[remedy, "source"]) for m in adapted]
+        rows.append(row)
+    header = ["setting", *(LABELS[m] for m in study.methods)]
+    header += [f"gain of {LABELS[m]}" for m in adapted]
+    note = (
+        "Target mIoU in %, last checkpoint, mean ± deviation; gains over source only of the same "
+        f"setting. {INTERVALS}"
+    )
+    write(study, f"remedies-{study.task}", header, rows, note, results)
+
+
+DAY, DUSK = ("0006R0", "0016E5"), ("0001TP",)
 
 
 def dusk(study: Study) -> None:
@@ -903,8 +1005,7 @@ def dusk(study: Study) -> None:
     if camvid is None:
         raise ValueError("name CamVid's folder with --tgt-dir")
     images = sorted((camvid / "images" / "train").iterdir())
-    by_day = [p for p in images if p.name.startswith(DAY)]
-    at_dusk = [p for p in images if p.name.startswith("0001TP")]
+    by_day, at_dusk = ([p for p in images if p.name.startswith(names)] for names in (DAY, DUSK))
     if not by_day or len(at_dusk) < 2:
         raise ValueError(f"{camvid}/images/train holds no 0006R0*, 0016E5* and 0001TP* of CamVid")
     parts = {
@@ -919,90 +1020,118 @@ def dusk(study: Study) -> None:
             label = Path("labels") / "train" / f"{image.stem}.png"
             link(image, root / name / "images" / split / image.name)
             link(camvid / label, root / name / "labels" / split / label.name)
-    folders = {"src_dir": root / "day", "tgt_dir": root / "dusk"}
-    table(replace(study, given=study.given | folders), "dusk")
+    folders = {"src": "folder", "src_dir": root / "day", "tgt": "folder", "tgt_dir": root / "dusk"}
+    table(replace(study, given=study.given | folders))
 
 
 def link(to: Path, path: Path) -> None:
+    """A symbolic link at `path`, made anew if it points elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() and path.readlink() != to.resolve():
+        path.unlink()
     if not path.is_symlink():
         path.symlink_to(to.resolve())
 
 
 # The program.
 
+# Each study and the flags of this program that it reads, besides --seeds, --jobs, --runs and --to.
 COMMANDS = {
-    f.__name__: f
-    for f in (table, ccd, params, tsne, figure5, weightmap, disagreement, control, sweep, dusk)
+    table: {"methods", "tan_lambda_adv"},
+    ccd: {"methods", "tan_lambda_adv", "images", "marked"},
+    params: {"tan_lambda_adv"},
+    tsne: {"methods", "tan_lambda_adv", "images"},
+    figure5: {"methods", "tan_lambda_adv"},
+    weightmap: set(),
+    disagreement: {"images"},
+    control: {"tan_lambda_adv"},
+    sweep: set(),
+    remedies: {"methods", "tan_lambda_adv"},
+    dusk: {"methods", "tan_lambda_adv"},
 }
-EVERYTHING = (table, ccd, params, tsne, figure5, weightmap, disagreement, control)
-QUICK = {"steps": 400, "adv_start": 275}  # a fourth of the default run on streets
+NAMES = {function.__name__: function for function in COMMANDS}
+PHOTOGRAPHS = (remedies, dusk)  # they need a folder of them, so `all` leaves them out
+QUICK = {"steps": 240, "adv_start": 165}  # of streets; a seventh of the default run
+OPTIONS = {"seeds", "quick", "jobs", "runs", "to"} | set().union(*COMMANDS.values())
 OWN = {"seed", "out", "method", "save_every", "keep"}  # what a study sets itself
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def seeds_of(text: str) -> tuple[int, ...]:
+    seeds = tuple(int(part) for part in text.split(","))
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"a seed stands twice in {text}")
+    return seeds
 
 
-def words(text: str) -> tuple[str, ...]:
+def methods_of(text: str) -> tuple[str, ...]:
     found = tuple(text.split(","))
-    if not set(found) <= set(LABELS):
-        raise argparse.ArgumentTypeError(f"choose from {','.join(LABELS)}")
+    if not set(found) <= set(LABELS) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"choose from {','.join(LABELS)}, each once")
     return found
 
 
-def parse(argv) -> tuple[str, Study]:
-    about = "\n".join(f"  {name:13}{f.__doc__.splitlines()[0]}" for name, f in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+def count_of(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    about = "\n".join(f"  {name:13}{f.__doc__.splitlines()[0]}" for name, f in NAMES.items())
+    top = argparse.ArgumentParser(
         description=f"{__doc__.splitlines()[0]}\n\n{about}",
         epilog="Every other flag of train.py holds for all runs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("what", choices=[*COMMANDS, "all"])
-    parser.add_argument("--methods", type=words, default=tuple(LABELS), help="of source,tan,clan")
-    parser.add_argument("--seeds", type=numbers, help="such as 0,1,2; 0 to 4, 10 and 11 for sweep")
-    parser.add_argument("--quick", action="store_true", help="streets: shorter runs, two seeds")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, help="where runs go; runs/study")
-    parser.add_argument("--to", type=Path, help="where results go; the same folder")
-    parser.add_argument("--images", type=int, default=1000, help="of each domain, for features")
-    parser.add_argument("--class", dest="marked", default="wall", help="of the curve of ccd")
-    parser.add_argument(
-        "--tan-lambda-adv", type=float, help="TAN's own, where control has tuned it"
-    )
+    top.add_argument("what", choices=[*NAMES, "all"])
+    top.add_argument("--seeds", type=seeds_of, help="such as 0,1,2 [0 to 4; sweep: 10,11]")
+    top.add_argument("--quick", action="store_true", help="streets: short runs, two seeds")
+    top.add_argument("--jobs", type=count_of, help="runs at a time [1]")
+    top.add_argument("--runs", type=Path, help="where runs go [runs/study]")
+    top.add_argument("--to", type=Path, help="where results go [the same folder]")
+    top.add_argument("--methods", type=methods_of, help="[source,tan,clan]")
+    top.add_argument("--images", type=count_of, help="of each domain, for features [1000]")
+    top.add_argument("--class", dest="marked", help="of the curve of ccd [wall]")
+    top.add_argument("--tan-lambda-adv", type=float, help="TAN's own [as CLAN's]")
     for cls in (train.Settings, clan.Hyper):
-        train.add_flags(parser, cls, without=OWN)
-    given = vars(parser.parse_args(argv))
-    own = {k: given.pop(k) for k in ("what", "quick", "tan_lambda_adv", "seeds", "runs", "to")}
-    parts = {k: given.pop(k) for k in ("methods", "jobs", "images", "marked")}
-    if parts["jobs"] < 1 or parts["images"] < 1:
-        raise ValueError("--jobs and --images must be at least 1")
+        train.add_flags(top, cls, without=OWN)
+    return top
+
+
+def parse(argv) -> tuple[list, Study]:
+    """The studies that are asked for, and what for."""
+    given = vars(parser().parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    if own["what"] == "dusk":
-        given |= {"src": "folder", "tgt": "folder"}
-    if own["quick"]:
-        given = QUICK | given
-        parts["images"] = min(parts["images"], 100)
-    seeds = TUNING_SEEDS if own["what"] == "sweep" else (0, 1) if own["quick"] else tuple(range(5))
-    runs = own["runs"] or Path("runs") / ("study-quick" if own["quick"] else "study")
-    study = Study(
-        given=given,
-        seeds=own["seeds"] or seeds,
-        runs=runs,
-        to=own["to"] or runs,
-        tan={} if own["tan_lambda_adv"] is None else {"lambda_adv": own["tan_lambda_adv"]},
-        command=shlex.join(["python", "study.py", *argv]),
-        **parts,
-    )
-    return own["what"], replace(study, runs=study.runs / study.task)
+    what = given.pop("what")
+    asked = [f for f in COMMANDS if f not in PHOTOGRAPHS] if what == "all" else [NAMES[what]]
+    read = set().union(*(COMMANDS[f] for f in asked))
+    idle = (OPTIONS & given.keys()) - read - {"seeds", "quick", "jobs", "runs", "to"}
+    if idle:
+        raise ValueError(f"{what} does not use {', '.join(map(train.flag_of, sorted(idle)))}")
+    own = {key: given.pop(key) for key in OPTIONS & given.keys()}
+    if dusk in asked:
+        given = {"src": "folder", "tgt": "folder", "backbone": "lite0"} | given
+    seeds = TUNING_SEEDS if asked == [sweep] else (0, 1, 2) if dusk in asked else (0, 1, 2, 3, 4)
+    runs, images = Path("runs") / "study", 1000
+    if own.pop("quick", False):
+        if train.configure(given)[0].backbone != "tiny":
+            raise ValueError("--quick is for streets: give --steps and --seeds of your own")
+        given, seeds, runs, images = QUICK | given, (0, 1), Path("runs") / "study-quick", 100
+    runs = own.pop("runs", runs)
+    tan = {"lambda_adv": own.pop("tan_lambda_adv")} if "tan_lambda_adv" in own else {}
+    defaults = {"methods": tuple(LABELS), "jobs": 1, "marked": "wall"}
+    defaults |= {"seeds": seeds, "to": runs, "images": images}
+    command = shlex.join(["python", "study.py", *argv])
+    return asked, Study(given=given, tan=tan, runs=runs, command=command, **defaults | own)
 
 
 def main(argv=None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
-        what, study = parse(sys.argv[1:] if argv is None else argv)
-        for run in EVERYTHING if what == "all" else (COMMANDS[what],):
+        asked, study = parse(sys.argv[1:] if argv is None else argv)
+        for run in asked:
             run(study)
     except (train.Stopped, KeyboardInterrupt):
         print("stopped; the same command goes on", file=sys.stderr)

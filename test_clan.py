@@ -2763,7 +2763,7 @@ def few(monkeypatch):
     """Streets of a few scenes, no pictures, and signal handlers given back."""
     for key, (first, _) in data.STREETS.items():
         monkeypatch.setitem(data.STREETS, key, (first, 6))
-    monkeypatch.setattr(evaluation, "draw", lambda *arguments, **options: None)
+    monkeypatch.setattr(evaluation, "draw", lambda *arguments, **options: evaluation.Figure())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -2918,7 +2918,7 @@ import clan, data, train
 import eval as evaluation
 for key, (first, _) in data.STREETS.items():
     data.STREETS[key] = (first, 6)
-evaluation.draw = lambda *arguments, **options: None
+evaluation.draw = lambda *arguments, **options: evaluation.Figure()
 g_step = clan.g_step
 def slowly(*arguments):
     time.sleep(0.05)
@@ -3403,7 +3403,7 @@ def test_train_shift_reaches_the_city_alone_and_its_score(few, tmp_path):
 # ------------------------------------------------------------------------------------------ study
 
 CELLS = "--src-size 32 64 --tgt-size 32 64 --steps 4 --adv-start 2 --batch 2 --d-channels 4"
-CELLS = f"{CELLS} --log-every 1 --device cpu --images 6".split()
+CELLS = f"{CELLS} --log-every 1 --device cpu".split()
 
 
 @pytest.fixture
@@ -3414,6 +3414,8 @@ def scenes(monkeypatch):
 
 
 def studied(what: str, folder: Path, *flags: str) -> Path:
+    if "images" in study.COMMANDS[study.NAMES[what]] and "--images" not in flags:
+        flags = (*flags, "--images", "6")
     study.main([what, *CELLS, "--runs", str(folder), "--to", str(folder), *flags])
     return folder
 
@@ -3432,7 +3434,6 @@ def test_study_statistics_by_hand():
     assert math.isnan(study.spread([None])[0])
     assert study.percent([0.1, 0.3]) == "20.0 ± 14.1"
     assert study.percent([0.25]) == "25.0" and study.percent([None]) == "-"
-    assert study.percent([0.25, 0.25], signed=True) == "+25.0 ± 0.0"
 
 
 def test_study_interval_is_the_bootstrap_of_paired_differences():
@@ -3449,6 +3450,16 @@ def test_study_interval_is_the_bootstrap_of_paired_differences():
     )
     a, b = ([{"miou": v} for v in row] for row in ((0.3, 0.5), (0.2, 0.4)))
     assert study.difference(a, b) == "+10.0 [+10.0, +10.0]"
+    assert study.difference(a[:1], b[:1]) == "+10.0"
+    assert study.difference(a, b, lambda r: None) == "-"
+
+
+def test_study_lost_classes_are_those_more_than_2_points_below():
+    baseline = {"iou": {"road": 0.5, "sky": 0.5, "car": 0.5, "bus": None}}
+    assert (
+        study.lost_classes({"iou": {"road": 0.47, "sky": 0.49, "car": 0.9, "bus": 0.1}}, baseline)
+        == 1
+    )
 
 
 def test_study_auc_counts_pairs():
@@ -3501,8 +3512,8 @@ def test_study_cluster_distance_is_the_distance_of_the_mean_features(tmp_path):
 
 def test_study_features_take_the_label_nearest_to_the_cell(tmp_path):
     val = painted(tmp_path, {0: (10, 0, 0), 1: (20, 0, 0), 2: (30, 0, 0)})
-    (x, ids), _ = study.labelled_features(Colours(), val, np.arange(256, dtype=np.uint8), 2)
-    assert x.shape == (12, 3) and (x[:, 0] == 10 * (ids + 1)).all()
+    (i, x, ids), _ = study.labelled_features(Colours(), val, np.arange(256, dtype=np.uint8), 2)
+    assert i == 0 and x.shape == (12, 3) and (x[:, 0] == 10 * (ids + 1)).all()
     assert ids.bincount().tolist() == [4, 4, 4]
 
 
@@ -3533,6 +3544,8 @@ def test_study_table_runs_a_cell_once_and_goes_on_with_an_interrupted_one(
         for m in ("tan", "clan")
     }
     assert rows["mIoU"][:2] == [study.percent(scores["tan"]), study.percent(scores["clan"])]
+    kept = {m: [run["miou"] for run in content["runs"][m]] for m in ("tan", "clan")}
+    assert kept == scores and [run["seed"] for run in content["runs"]["tan"]] == [0, 1]
     assert "seeds 0, 1" in content["notes"][-1] and (out / "table-streets-streets-tiny.md").exists()
 
 
@@ -3544,19 +3557,23 @@ def test_study_a_shared_warm_up_changes_no_bit(scenes, tmp_path):
         "source": ["--method", "source"],
         "tan": ["--method", "tan"],
         "clan": [],
-        "eps0.8-lambda40": ["--eps", "0.8"],
+        "clan-eps0.8": ["--eps", "0.8"],
     }.items():
         alone = tmp_path / name
-        own = [flag for flag in CELLS if flag not in ("--images", "6")]
-        if name == "source":
+        own = list(CELLS)
+        if name == "source":  # train.py refuses D's width there, and D's weights differ by it
             own = own[: own.index("--d-channels")] + own[own.index("--d-channels") + 2 :]
         train.main([*own, *flags, "--seed", "3", "--out", str(alone)])
         here = out / f"{name}-seed3"
-        assert_equal(last_tensors(here), last_tensors(alone))
+        parts = ("G.", "opt_g.") if name == "source" else ("",)
+        for prefix in parts:
+            assert_equal(*(part(last_tensors(x), prefix) for x in (here, alone)))
         assert metrics(here)[-2:] == metrics(alone)[-2:]
         kept = json.loads((here / "eval.json").read_text())
         again = json.loads((alone / "eval.json").read_text())
         assert (kept["miou"], kept["iou"]) == (again["miou"], again["iou"])
+        log = (here / "log.txt").read_text()
+        assert ("step 1/4" in log) == (name in ("tan", "clan")), "a warm-up was not shared"
     assert "adv_start" not in study.warm_up({"method": "clan", "adv_start": 0, "out": tmp_path})
 
 
@@ -3571,6 +3588,9 @@ def test_study_a_shared_warm_up_changes_no_bit(scenes, tmp_path):
         ({"seed": 5}, False),
         ({"d_channels": 8}, False),
         ({"shift": (0.5, 0.0)}, True),
+        ({"batchnorm": "batch"}, True),
+        ({"batchnorm": "running"}, False),
+        ({"head_std": 0.5}, False),
         ({"method": "tan"}, False),
     ),
 )
@@ -3592,13 +3612,22 @@ def test_study_refuses_a_folder_of_another_configuration(scenes, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     (
-        (["--jobs", "0"], "--jobs"),
-        (["--images", "0"], "--images"),
         (["--class", "zebra"], "zebra"),
+        (["--quick", "--backbone", "r101"], "--quick is for streets"),
+        (["--eps", "-1"], "eps must not be negative"),
     ),
 )
 def test_study_refuses_what_it_cannot_use(scenes, tmp_path, flags, sentence):
     assert sentence in study_error("ccd", tmp_path, "--seeds", "0", "--methods", "clan", *flags)
+    sentence = study_error("weightmap", tmp_path, "--methods", "tan")
+    assert "weightmap does not use --methods" in sentence
+
+
+@pytest.mark.parametrize("flags", ("--jobs 0", "--images x", "--seeds 1,1", "--methods tan,dann"))
+def test_study_refuses_flags_that_make_no_sense(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as caught:
+        study.main(["ccd", *flags.split(), "--runs", str(tmp_path)])
+    assert caught.value.code == 2 and "error:" in capsys.readouterr().err
 
 
 def test_study_does_not_take_flags_that_it_sets_itself(tmp_path, capsys):
@@ -3612,20 +3641,49 @@ def test_study_control_scales_tan_by_clans_own_mean_weight(scenes, tmp_path):
     out = studied("control", tmp_path, "--seeds", "0", "--shift", "0.5", "0.5")
     runs = out / "streets-streets-tiny"
     clans = [line["m"] for line in metrics(runs / "clan-seed0") if "m" in line]
-    scaled = json.loads((runs / "a-seed0" / "eval.json").read_text())["settings"]
-    assert scaled["method"] == "tan"
-    assert scaled["lambda_adv"] == pytest.approx(0.02 * (40 * np.mean(clans) + 0.4))
+    rate = train.configure({})[1].lambda_adv * (40 * np.mean(clans) + 0.4)
+    (scaled,) = runs.glob("tan-lambda_adv*-seed0")
+    settings = json.loads((scaled / "eval.json").read_text())["settings"]
+    assert settings["method"] == "tan" and settings["lambda_adv"] == pytest.approx(rate)
     rows = {r[0]: r[1:] for r in json.loads((out / CONTROL).read_text())["rows"]}
     assert len(rows) == 10 and all(name[1] in "abcdefg" for name in rows if name[0] == "(")
     assert rows["TAN"][3] == rows["CLAN"][4] == "+0.0"
     assert rows["(g) weights scaled to mean 1 (a deviation)"][5] == "1.00"
     assert rows["(c) Eq. 4, every weight 1"][5] == "1.00"
-    settings = {
-        letter: json.loads((runs / f"{letter}-seed0" / "eval.json").read_text())["settings"]
-        for letter in "bcdefg"
-    }
-    assert settings["b"]["weight_map"] == "shuffled" and settings["g"]["weight_map"] == "mean1"
-    assert settings["d"]["lambda_weight"] == 0 and settings["f"]["recipe"] == "released"
+    names = {"source", "tan", "clan", "clan-weight_mapshuffled", "clan-eps1.0-lambda_local0.0"}
+    names |= {"clan-lambda_weight0.0", "clan-detach_mTrue", "clan-recipereleased"}
+    names |= {"clan-weight_mapmean1", scaled.name.removesuffix("-seed0")}
+    assert {p.name for p in runs.iterdir()} == {f"{name}-seed0" for name in names}
+    released = train.configure({"recipe": "released", "seed": 0})[1]
+    assert study.mean_weight({"out": runs / "clan-seed0"}) == pytest.approx(
+        40 * np.mean(clans) + 0.4
+    )
+    assert clan.is_adaptive(0, released) is False
+
+
+def test_study_mean_weight_counts_eq_2_as_1(tmp_path):
+    """The map is logged from the first adversarial step on, but Eq. 2 is in force until later."""
+    given = {"out": tmp_path, "steps": 10, "adv_start": 0, "adaptive_start": 0.5}
+    lines = [{"step": step, "m": 0.1} for step in range(1, 11)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert study.mean_weight(given) == pytest.approx((5 * 1 + 5 * 4.4) / 10)
+
+
+def test_study_tan_may_have_a_lambda_adv_of_its_own(scenes, tmp_path):
+    studied("table", tmp_path, "--seeds", "0", "--methods", "tan", "--tan-lambda-adv", "0.5")
+    (folder,) = (tmp_path / "streets-streets-tiny").iterdir()
+    assert folder.name == "tan-lambda_adv0.5-seed0"
+    assert json.loads((folder / "eval.json").read_text())["settings"]["lambda_adv"] == 0.5
+
+
+def test_study_a_result_forged_by_an_evaluation_is_not_taken_for_a_finished_run(scenes, tmp_path):
+    """eval.py may score a run that was cut off; the study still runs it to its end."""
+    given = ("table", tmp_path, "--seeds", "0", "--methods", "source")
+    runs = studied(*given) / "streets-streets-tiny" / "source-seed0"
+    (runs / study.RESULT).unlink()
+    (runs / "eval.json").write_text('{"miou": 1.0}')
+    studied(*given)
+    assert json.loads((runs / study.RESULT).read_text())["miou"] < 1.0
 
 
 CONTROL = "control-streets-streets-tiny.json"
@@ -3643,14 +3701,39 @@ CONTROL = "control-streets-streets-tiny.json"
     ),
 )
 def test_study_draws_every_figure(scenes, tmp_path, what, files):
-    if what == "tsne":
-        pytest.importorskip("sklearn")
     studied(what, tmp_path, "--seeds", "0")
     for name in files:
         path = tmp_path / f"{name}-streets-streets-tiny.png"
         with Image.open(path) as image:
             assert min(image.size) > 200 and len(image.convert("RGB").getcolors(10**6)) > 20
         assert path.stat().st_size < 300_000
+
+
+def test_study_remedies_and_sweep_show_every_setting(scenes, tmp_path):
+    flags = ("--seeds", "0", "--steps", "2", "--adv-start", "1")
+    studied("remedies", tmp_path, *flags)
+    rows = json.loads((tmp_path / "remedies-streets-streets-tiny.json").read_text())["rows"]
+    assert [row[0] for row in rows] == list(study.REMEDIES) and all(len(row) == 6 for row in rows)
+    studied("sweep", tmp_path, *flags)
+    rows = json.loads((tmp_path / "sweep-streets-streets-tiny.json").read_text())["rows"]
+    assert [float(row[0]) for row in rows] == list(study.RATES)
+
+
+def test_study_the_curve_starts_where_a_shared_warm_up_was_trained(scenes, tmp_path):
+    flags = ("--seeds", "0", "--steps", "6", "--adv-start", "3", "--methods", "source,tan")
+    s = study.parse(["table", *CELLS, "--runs", str(tmp_path), *flags])[1]
+    cells, _ = study.first_seed(s)
+    steps = study.over_training(cells)
+    assert list(steps["source"]) == list(steps["tan"]) == [1, 2, 3, 4, 5, 6]
+    assert steps["source"][2] == steps["tan"][2] and steps["source"][4] != steps["tan"][4]
+
+
+def test_study_two_folders_of_photographs_do_not_share_runs(tmp_path):
+    def task(folder):
+        given = {"tgt": "folder", "tgt_dir": tmp_path / folder, "backbone": "lite0"}
+        return replace(study.parse(["table"])[1], given=given).task
+
+    assert task("camvid") == "streets-camvid-lite0" and task("mine") == "streets-mine-lite0"
 
 
 def test_study_runs_in_parallel_as_one_after_the_other(tmp_path, monkeypatch):
@@ -3666,7 +3749,7 @@ def test_study_runs_in_parallel_as_one_after_the_other(tmp_path, monkeypatch):
 
 def test_study_dusk_splits_camvid_by_its_own_names(scenes, tmp_path, monkeypatch):
     shown = {}
-    monkeypatch.setattr(study, "table", lambda s, title: shown.update(given=s.given, title=title))
+    monkeypatch.setattr(study, "table", lambda s: shown.update(given=s.given, task=s.task))
     camvid = tmp_path / "camvid"
     names = [f"0006R0_{i}" for i in range(3)] + [f"0016E5_{i}" for i in range(2)]
     names += [f"0001TP_{i}" for i in range(5)]
@@ -3675,7 +3758,8 @@ def test_study_dusk_splits_camvid_by_its_own_names(scenes, tmp_path, monkeypatch
         write_png(camvid / "labels" / "train" / f"{name}.png", np.zeros((8, 8), np.uint8))
     (camvid / "classes.json").write_text('{"names": ["road"], "ignore": [11]}')
     for _ in range(2):  # a second time finds its links
-        studied("dusk", tmp_path / "runs", "--tgt-dir", str(camvid), "--backbone", "lite0")
+        studied("dusk", tmp_path / "runs", "--tgt-dir", str(camvid))
+    assert shown["task"] == "day-dusk-lite0"
     day, dusk = shown["given"]["src_dir"], shown["given"]["tgt_dir"]
 
     def stems(folder):

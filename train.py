@@ -104,11 +104,13 @@ def defaults(settings: Settings) -> dict:
         change |= {"steps": 1600, "adv_start": 1100, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False}
         change |= {"lambda_adv": 0.02, "lr_d": 1e-4, "d_channels": 32}
+        change |= {"detach_m": True}  # else M falls to 0 within a few steps: RESULTS.md
     if settings.backbone == "lite0":
         change |= {"steps": 600, "adv_start": 350, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False, "warmup": 0.05}
         change |= {"jitter": 0.2}
         change |= {"lambda_adv": 0.005, "lr_d": 1e-4, "d_channels": 32}
+        change |= {"detach_m": True}
     return change
 
 
@@ -414,7 +416,7 @@ def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console:
         drawn = settings.src == settings.tgt == "streets"
         workers = 0 if drawn else min(8, os.cpu_count() or 1)
 
-    G = Generator(settings.backbone, len(source.classes), settings.lineage)
+    G = Generator(settings.backbone, len(source.classes), settings.lineage, hyper.head_std)
     D = Discriminator(len(source.classes), hyper.d_channels)
     if settings.init != "none" and not resume:
         load_weights(G, settings.init, say=console.print)
@@ -585,9 +587,8 @@ def finish(run: Run, console: Console) -> dict:
     if "before" in columns:
         result["miou_before"] = columns["before"]["miou"]
     (out / "eval.json").write_text(json.dumps(result, indent=1))
-    evaluation.draw(
-        out / "result.png", run.val, run.table, networks, run.device, run.source.classes
-    )
+    figure = evaluation.draw(run.val, run.table, networks, run.device, run.source.classes)
+    figure.savefig(out / "result.png", dpi=evaluation.DPI)
     for name in (path.name, "eval.json", "result.png", "metrics.jsonl"):
         console.print(f"wrote {out / name}", soft_wrap=True)
     return result
