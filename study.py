@@ -784,6 +784,10 @@ def agreement(G: Generator, val, table, classes, count: int) -> tuple[dict, dict
     return numbers, by_class
 
 
+GRADIENT = {True: "no gradient through M", False: "gradient through M"}  # by detach_m
+REGIMES = {"look and layout": (0.5, 0.5), "look alone": (0.5, 0.0)}  # of streets: --shift
+
+
 def head_settings(study: Study) -> dict[str, dict]:
     """What may make the two heads disagree: the rows of `disagreement`."""
     _, hyper = train.configure(study.given)
@@ -793,9 +797,10 @@ def head_settings(study: Study) -> dict[str, dict]:
         "lambda_weight 0.1": {"lambda_weight": 0.1},
         "heads from N(0, 0.03)": {"head_std": 0.03},
         "heads from N(0, 0.06)": {"head_std": 0.06},
-        "no gradient through M": {"detach_m": True},
+        GRADIENT[not hyper.detach_m]: {"detach_m": not hyper.detach_m},
         "a loss for each head": {"seg_heads": "each"},
         "half the steps": {"steps": hyper.steps // 2, "adv_start": hyper.adv_start // 2},
+        "shift of look alone": {"shift": REGIMES["look alone"]},
     }
 
 
@@ -806,10 +811,10 @@ def disagreement(study: Study) -> None:
     """
     groups = {name: study.cells(**change) for name, change in head_settings(study).items()}
     results = run_groups(study, groups)
-    source, val, table = open_target(groups["as it is"][0])
     count, device = min(study.images, 100), device_of(study)
     rows, classes = [], {}
     for name, cells in groups.items():
+        source, val, table = open_target(cells[0])
         for when, path_of in (
             ("start", lambda out: out / train.BEFORE),
             ("end", evaluation.newest_checkpoint),
@@ -864,7 +869,6 @@ def mean_weight(given: dict) -> float | None:
     return float(np.mean(weights))
 
 
-REGIMES = {"look and layout": (0.5, 0.5), "look alone": (0.5, 0.0)}
 SCALED = "(a) TAN, lambda_adv times CLAN's mean weight"
 
 
@@ -898,7 +902,6 @@ def variants(study: Study) -> dict[str, dict]:
     """What each row of the control changes in CLAN, by its name."""
     settings, hyper = train.configure(study.given)
     recipe = "released" if settings.recipe == "paper" else "paper"
-    detached = "(e) gradient through M" if hyper.detach_m else "(e) no gradient through M"
     return {
         "source only": {"method": "source"},
         "TAN": {"method": "tan"},
@@ -906,7 +909,7 @@ def variants(study: Study) -> dict[str, dict]:
         "(b) M shuffled over the pixels": {"weight_map": "shuffled"},
         "(c) Eq. 4, every weight 1": {"lambda_local": 0.0, "eps": 1.0},
         "(d) Eq. 5, no Eq. 4": {"lambda_weight": 0.0},
-        detached: {"detach_m": not hyper.detach_m},
+        f"(e) {GRADIENT[not hyper.detach_m]}": {"detach_m": not hyper.detach_m},
         f"(f) recipe {recipe}": {"recipe": recipe},
         "(g) weights scaled to mean 1 (a deviation)": {"weight_map": "mean1"},
     }
@@ -961,16 +964,16 @@ def sweep(study: Study) -> None:
 
 # Photographs as the target.
 
-REMEDIES = {
+REMEDIES = {  # each adds one thing to those before it
     "as it is": {},
     "BatchNorm statistics of both domains": {"batchnorm": "batch"},
-    "more colour jitter": {"jitter": 0.5},
-    "both": {"batchnorm": "batch", "jitter": 0.5},
+    "and lambda_adv 0.02": {"batchnorm": "batch", "lambda_adv": 0.02},
+    "and colour jitter 0.5": {"batchnorm": "batch", "lambda_adv": 0.02, "jitter": 0.5},
 }
 
 
 def remedies(study: Study) -> None:
-    """What might help where adaptation gains little: BatchNorm's statistics, colour jitter."""
+    """What may help where adaptation gains little: BatchNorm's statistics, more force, colours."""
     groups = {
         (remedy, method): study.cells(method=method, **change)
         for remedy, change in REMEDIES.items()
