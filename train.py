@@ -103,7 +103,7 @@ def defaults(settings: Settings) -> dict:
     if settings.backbone == "tiny":  # trained from scratch: warm-up on the source, larger rates
         change |= {"steps": 1350, "adv_start": 1100, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False}
-        change |= {"lambda_adv": 0.02, "lr_d": 1e-4, "d_channels": 32}
+        change |= {"lambda_adv": 0.005, "lr_d": 1e-4, "d_channels": 32}
         change |= {"detach_m": True}  # else M falls to 0 within a few steps: RESULTS.md
     if settings.backbone == "lite0":
         change |= {"steps": 600, "adv_start": 350, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
