@@ -671,6 +671,7 @@ PAPER_VALUES = {
     **{"seg_heads": "ensemble", "gamma": 0.0},
     **{"lambda_weight": 0.01, "weight_offset": 0.0, "weight_biases": False},
     **{"lambda_local": 40.0, "eps": 0.4, "adaptive_start": 0.0, "detach_m": False},
+    "head_std": 0.01,
     **{"weight_map": "local"},
     **{"lambda_adv": 0.001, "damping": False, "minimax": False},
     **{"lr_g": 2.5e-4, "momentum": 0.9, "weight_decay_g": 5e-4, "head_lr": 10.0},
@@ -3651,7 +3652,7 @@ def test_study_control_scales_tan_by_clans_own_mean_weight(scenes, tmp_path):
     assert rows["(g) weights scaled to mean 1 (a deviation)"][5] == "1.00"
     assert rows["(c) Eq. 4, every weight 1"][5] == "1.00"
     names = {"source", "tan", "clan", "clan-weight_mapshuffled", "clan-eps1.0-lambda_local0.0"}
-    names |= {"clan-lambda_weight0.0", "clan-detach_mTrue", "clan-recipereleased"}
+    names |= {"clan-lambda_weight0.0", "clan-detach_mFalse", "clan-recipereleased"}
     names |= {"clan-weight_mapmean1", scaled.name.removesuffix("-seed0")}
     assert {p.name for p in runs.iterdir()} == {f"{name}-seed0" for name in names}
     released = train.configure({"recipe": "released", "seed": 0})[1]

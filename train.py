@@ -100,17 +100,17 @@ def defaults(settings: Settings) -> dict:
     change = {}
     if settings.src == "synthia" and settings.recipe == "released":
         change |= {"lambda_local": 10.0}
+    if settings.backbone in ("tiny", "lite0") and settings.recipe == "paper":
+        change |= {"detach_m": True}  # else M falls to 0 within a few steps: RESULTS.md
     if settings.backbone == "tiny":  # trained from scratch: warm-up on the source, larger rates
         change |= {"steps": 1350, "adv_start": 1100, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False}
         change |= {"lambda_adv": 0.005, "lr_d": 1e-4, "d_channels": 32}
-        change |= {"detach_m": True}  # else M falls to 0 within a few steps: RESULTS.md
     if settings.backbone == "lite0":
         change |= {"steps": 600, "adv_start": 350, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False, "warmup": 0.05}
         change |= {"jitter": 0.2}
         change |= {"lambda_adv": 0.005, "lr_d": 1e-4, "d_channels": 32}
-        change |= {"detach_m": True}
     return change
 
 
