@@ -87,7 +87,7 @@ class Study:
         base, own = flat(self.given), flat(flags)
         changed = [k for k in sorted(change) if k in flags and own[k] != base[k] and k != "method"]
         name = "-".join([own["method"], *(f"{k}{own[k]}".replace(" ", "") for k in changed)])
-        if seed == self.seeds[0] and not changed:
+        if seed == self.seeds[0] and set(changed) <= self.tan.keys():
             flags |= {"save_every": max(1, own["steps"] // 16), "keep": 100}
         return flags | {"seed": seed, "out": self.runs / self.task / f"{name}-seed{seed}"}
 
