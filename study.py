@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -243,12 +243,16 @@ def run_all(tasks: list, jobs: int) -> Iterator[tuple[dict, dict]]:
     fresh = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     # In their own process groups a Ctrl-C does not reach the runs twice: it would end them unsaved.
     with ProcessPoolExecutor(jobs, mp_context=fresh, initializer=os.setpgrp) as pool:
-        futures = {pool.submit(run_cell, given, donor, threads): given for given, donor in tasks}
+        waiting, running = list(tasks), {}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            while waiting or running:
+                while waiting and len(running) < jobs:  # no more: a queued run could not be stopped
+                    given, donor = waiting.pop(0)
+                    running[pool.submit(run_cell, given, donor, threads)] = given
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
                 child.terminate()  # a run saves and ends when it is asked to
             raise
