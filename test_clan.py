@@ -25,6 +25,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import zlib
 from dataclasses import asdict, fields, replace
@@ -3708,6 +3709,30 @@ def test_study_draws_every_figure(scenes, tmp_path, what, files):
         with Image.open(path) as image:
             assert min(image.size) > 200 and len(image.convert("RGB").getcolors(10**6)) > 20
         assert path.stat().st_size < 300_000
+
+
+def test_study_asked_to_stop_saves_its_runs_and_starts_no_other(tmp_path):
+    command = [sys.executable, "study.py", "table", "--methods", "source", "--seeds", "0,1,2"]
+    command += [*CELLS, "--steps", "100000", "--jobs", "2", "--runs", str(tmp_path)]
+    here = Path(study.__file__).parent
+    child = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
+    runs = tmp_path / "streets-streets-tiny"
+
+    def under_way() -> list[Path]:
+        return [p.parent for p in runs.glob("*/metrics.jsonl") if p.stat().st_size > 0]
+
+    try:
+        deadline = time.monotonic() + 60
+        while len(under_way()) < 2 and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130 and "the same command goes on" in errors
+    names = {p.name for p in runs.iterdir()}
+    assert names == {"source-seed0", "source-seed1"}, "another run was started"
+    assert all(list((runs / name).glob("step_*.safetensors")) for name in names)
 
 
 def test_study_remedies_and_sweep_show_every_setting(scenes, tmp_path):
