@@ -932,19 +932,22 @@ def control_table(study: Study, regime: str, groups: dict, results: dict) -> Non
     for name, group in results.items():
         rare = [spread(r["iou"].get(c) for c in INFREQUENT)[0] for r in group]
         lost = [lost_classes(*both) for both in zip(group, results["source only"], strict=True)]
-        row = [name, percent(map(miou, group)), percent(rare), f"{np.mean(lost):.1f}"]
+        before = percent(r.get("miou_before") for r in group)
+        row = [name, before, percent(map(miou, group)), percent(rare), f"{np.mean(lost):.1f}"]
         row += [difference(group, results["TAN"]), difference(group, results["CLAN"])]
         weight, _ = spread(mean_weight(given) for given in groups[regime, name])
         rows.append([*row, "" if np.isnan(weight) else f"{weight:.2f}"])
-    header = ["variant", "mIoU", "infrequent", "classes lost", "minus TAN", "minus CLAN"]
+    header = ["variant", "before", "mIoU", "infrequent", "classes lost"]
+    header += ["minus TAN", "minus CLAN", "mean weight"]
     note = (
-        f"Streets, shift of {regime}. " * bool(regime) + "mIoU and mean IoU of "
+        f"Streets, shift of {regime}. " * bool(regime) + "mIoU before adaptation and after it, "
+        "and mean IoU of "
         f"{', '.join(INFREQUENT)} in %, last checkpoint, mean ± deviation. Classes lost: how many "
         f"fall more than 2 points below source only. {INTERVALS} Mean weight: "
         "lambda_local M + eps over the adversarial steps."
     )
     name = "-".join(["control", study.task, *regime.split()])
-    write(study, name, [*header, "mean weight"], rows, note, results)
+    write(study, name, header, rows, note, results)
 
 
 RATES = (0.0005, 0.005, 0.02, 0.05)

@@ -3649,9 +3649,9 @@ def test_study_control_scales_tan_by_clans_own_mean_weight(scenes, tmp_path):
     assert settings["method"] == "tan" and settings["lambda_adv"] == pytest.approx(rate)
     rows = {r[0]: r[1:] for r in json.loads((out / CONTROL).read_text())["rows"]}
     assert len(rows) == 10 and all(name[1] in "abcdefg" for name in rows if name[0] == "(")
-    assert rows["TAN"][3] == rows["CLAN"][4] == "+0.0"
-    assert rows["(g) weights scaled to mean 1 (a deviation)"][5] == "1.00"
-    assert rows["(c) Eq. 4, every weight 1"][5] == "1.00"
+    assert rows["TAN"][4] == rows["CLAN"][5] == "+0.0"
+    assert rows["(g) weights scaled to mean 1 (a deviation)"][6] == "1.00"
+    assert rows["(c) Eq. 4, every weight 1"][6] == "1.00"
     names = {"source", "tan", "clan", "clan-weight_mapshuffled", "clan-eps1.0-lambda_local0.0"}
     names |= {"clan-lambda_weight0.0", "clan-detach_mFalse", "clan-recipereleased"}
     names |= {"clan-weight_mapmean1", scaled.name.removesuffix("-seed0")}
