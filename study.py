@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -70,6 +71,8 @@ class Study:
         settings, _ = train.configure(self.given)
         sides = ((settings.src, settings.src_dir), (settings.tgt, settings.tgt_dir))
         names = [Path(own or name).name if name == "folder" else name for name, own in sides]
+        if settings.shift != train.Settings.shift:
+            names.append("shift{},{}".format(*settings.shift))
         return "-".join([*names, settings.backbone])
 
     def cell(self, seed: int, **change) -> dict:
@@ -87,6 +90,8 @@ class Study:
         base, own = flat(self.given), flat(flags)
         changed = [k for k in sorted(change) if k in flags and own[k] != base[k] and k != "method"]
         name = "-".join([own["method"], *(f"{k}{own[k]}".replace(" ", "") for k in changed)])
+        adaptation = own["steps"] - own["adv_start"]
+        flags.setdefault("log_every", max(1, min(50, adaptation // 50)))  # enough for means of M
         if seed == self.seeds[0] and set(changed) <= self.tan.keys():
             flags |= {"save_every": max(1, own["steps"] // 16), "keep": 100}
         return flags | {"seed": seed, "out": self.runs / self.task / f"{name}-seed{seed}"}
@@ -107,11 +112,14 @@ def flat(given: dict) -> dict:
     return json.loads(json.dumps(asdict(settings) | asdict(hyper), default=str))
 
 
+def checkpoints(out: Path) -> list[Path]:
+    return sorted(out.glob("step_*.safetensors"))
+
+
 def last_checkpoint(out: Path) -> Path | None:
     """Where a run would go on."""
-    found = sorted(out.glob("step_*.safetensors"))
-    before = out / train.BEFORE
-    return found[-1] if found else before if before.exists() else None
+    before = [out / train.BEFORE] if (out / train.BEFORE).exists() else []
+    return [None, *before, *checkpoints(out)][-1]
 
 
 def finished(given: dict) -> dict | None:
@@ -202,16 +210,7 @@ def run_cells(study: Study, cells: list[dict]) -> list[dict]:
     """The result of each cell, in order; what is missing is run, a shared warm-up first."""
     cells_of = {given["out"]: given for given in cells}  # two groups may hold the same run
     missing = [given for given in cells_of.values() if finished(given) is None]
-
-    def as_donor(
-        given: dict,
-    ) -> tuple[bool, bool]:  # one that is there, or one with all checkpoints
-        return not (given["out"] / train.BEFORE).exists(), "keep" not in given
-
-    donors: dict[str, Path] = {}
-    for given in sorted(cells_of.values(), key=as_donor):
-        if given.get("method") != "source":  # which has no checkpoint at adv_start
-            donors.setdefault(warm_up(given), given["out"])
+    donors = choose_donors(list(cells_of.values()))
     donor_of = {given["out"]: donors.get(warm_up(given)) for given in missing}
     first = [given for given in missing if donor_of[given["out"]] in (None, given["out"])]
     rest = [given for given in missing if given not in first]
@@ -228,6 +227,17 @@ def run_cells(study: Study, cells: list[dict]) -> list[dict]:
     return [finished(given) for given in cells]
 
 
+def choose_donors(cells: list[dict]) -> dict[str, Path]:
+    """Whose warm-up to share, by what it depends on: a finished one, else one with checkpoints."""
+    adapted = [given for given in cells if given.get("method") != "source"]  # the others keep none
+    adapted.sort(key=lambda given: "keep" not in given)
+    adapted.sort(key=lambda given: not (given["out"] / train.BEFORE).exists())
+    donors: dict[str, Path] = {}
+    for given in adapted:
+        donors.setdefault(warm_up(given), given["out"])
+    return donors
+
+
 def run_groups(study: Study, groups: dict) -> dict:
     """run_cells of several lists of cells, by their names."""
     results = iter(run_cells(study, [given for group in groups.values() for given in group]))
@@ -241,21 +251,40 @@ def run_all(tasks: list, jobs: int) -> Iterator[tuple[dict, dict]]:
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     fresh = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    # In their own process groups a Ctrl-C does not reach the runs twice: it would end them unsaved.
-    with ProcessPoolExecutor(jobs, mp_context=fresh, initializer=os.setpgrp) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=fresh, initializer=own_signals) as pool:
         waiting, running = list(tasks), {}
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:  # no more: a queued run could not be stopped
                     given, donor = waiting.pop(0)
-                    running[pool.submit(run_cell, given, donor, threads)] = given
+                    running[pool.submit(run_task, given, donor, threads)] = given
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield running.pop(future), future.result()
+        except BrokenProcessPool as error:  # which has asked the others to end
+            raise OSError("a run was killed (for memory?); the same command goes on") from error
         except BaseException:
             for child in multiprocessing.active_children():
-                child.terminate()  # a run saves and ends when it is asked to
+                child.terminate()  # a run saves and ends when it is asked to once
             raise
+
+
+def own_signals() -> None:
+    """A process of runs is asked to end by its parent alone, and between two runs not at all.
+
+    In the parent's process group a Ctrl-C would reach a run twice, which ends it unsaved.
+    """
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def run_task(given: dict, donor: Path | None, threads: int) -> dict:
+    """`run_cell` in a process of its own: SIGTERM stops it wherever it is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_cell(given, donor, threads)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -491,7 +520,7 @@ def cluster_distance(G, source, target, table, count: int) -> torch.Tensor:
 def over_training(cells: dict[str, dict]) -> dict[str, dict[int, Path]]:
     """Checkpoints by method and step. Those of a shared warm-up lie with one of the runs."""
     own = {
-        method: {evaluation.read_metadata(p)["step"]: p for p in given["out"].glob("step_*")}
+        method: {evaluation.read_metadata(p)["step"]: p for p in checkpoints(given["out"])}
         for method, given in cells.items()
     }
     for method, given in cells.items():
@@ -499,6 +528,8 @@ def over_training(cells: dict[str, dict]) -> dict[str, dict[int, Path]]:
         for other in cells:
             if warm_up(cells[other]) == warm_up(given):
                 own[method] |= {s: p for s, p in own[other].items() if s <= start}
+        if len(own[method]) < min(10, train.configure(given)[1].steps):
+            raise ValueError(f"{given['out']} kept too few checkpoints for a curve: delete it")
     return {method: dict(sorted(steps.items())) for method, steps in own.items()}
 
 
@@ -510,11 +541,11 @@ def ccd(study: Study) -> None:
     only the comparison of methods counts. The target's labels are of its validation split. One
     seed, the first.
     """
-    cells, results = first_seed(study)
-    first = next(iter(cells.values()))
+    first = study.cell(study.seeds[0], method=study.methods[0])
     source, val, table = open_target(first)
     if study.marked not in data.shared_classes(source, val)[1]:
         raise ValueError(f"--class {study.marked} is not in both {source.name} and {val.name}")
+    cells, results = first_seed(study)
     device = device_of(study)
 
     def measure(G):
@@ -711,7 +742,7 @@ def weightmap(study: Study) -> None:
     last = evaluation.newest_checkpoint(given["out"])
     start = given["out"] / train.BEFORE
     if not start.exists():  # adversarial from the first step on
-        start = min(given["out"].glob("step_*"))
+        start = checkpoints(given["out"])[0]
     D = Discriminator(len(source.classes), hyper.d_channels)
     load_weights(D, last, say=lambda _: None)
     figure = Figure(figsize=(14, 4.4), layout="constrained")
@@ -726,7 +757,7 @@ def weightmap(study: Study) -> None:
         row[0].imshow(pixels)
         row[1].imshow(palette[p.argmax(dim=0).numpy()])
         titles = (name, f"prediction, step {step}", "M", "weight lambda_local M + eps")
-        weight = hyper.lambda_local * m + hyper.eps
+        weight = clan.adaptive_weight(m[None, None], step, hyper)[0, 0]
         for ax, values, colours, low, high in (
             (row[2], m, "magma", 0, None),
             (row[3], weight, "magma", 0, None),
@@ -795,17 +826,24 @@ REGIMES = {"look and layout": (0.5, 0.5), "look alone": (0.5, 0.0)}  # of street
 def head_settings(study: Study) -> dict[str, dict]:
     """What may make the two heads disagree: the rows of `disagreement`."""
     _, hyper = train.configure(study.given)
-    return {
+    settings = {
         "as it is": {},
+        GRADIENT[not hyper.detach_m]: {"detach_m": not hyper.detach_m},
         "lambda_weight 0": {"lambda_weight": 0.0},
         "lambda_weight 0.1": {"lambda_weight": 0.1},
-        "heads from N(0, 0.03)": {"head_std": 0.03},
         "heads from N(0, 0.06)": {"head_std": 0.06},
-        GRADIENT[not hyper.detach_m]: {"detach_m": not hyper.detach_m},
         "a loss for each head": {"seg_heads": "each"},
         "half the steps": {"steps": hyper.steps // 2, "adv_start": hyper.adv_start // 2},
-        "shift of look alone": {"shift": REGIMES["look alone"]},
     }
+    if on_streets(study):
+        settings["shift of look alone"] = {"shift": REGIMES["look alone"]}
+    return settings
+
+
+def on_streets(study: Study) -> bool:
+    """Whether the target is streets at its default shift, so that other shifts can stand beside."""
+    settings, _ = train.configure(study.given)
+    return settings.tgt == "streets" and "shift" not in study.given
 
 
 def disagreement(study: Study) -> None:
@@ -840,14 +878,16 @@ def disagreement(study: Study) -> None:
         "larger value."
     )
     write(study, f"disagreement-{study.task}", header, rows, note, results)
-    shown = "start" if any(when == "start" for _, when in classes) else "end"
-    by_class = {name: values for (name, when), values in classes.items() if when == shown}
-    columns = zip(source.classes, *by_class.values(), strict=True)
+    plain = {
+        f"{name}, {when}": v for (name, when), v in classes.items() if name in list(groups)[:5]
+    }
+    columns = zip(source.classes, *plain.values(), strict=True)
     rows = [[name, *(f"{v:.2f}" for v in values)] for name, *values in columns]
-    note = f"Correlation of M with being wrong at adaptation's {shown}, by class."
-    write(study, f"disagreement-classes-{study.task}", ["class", *by_class], rows, note, results)
+    note = "Correlation of M with being wrong, by class, at adaptation's start and end."
+    write(study, f"disagreement-classes-{study.task}", ["class", *plain], rows, note, results)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    bars(figure.subplots(), list(source.classes), by_class)
+    drawn = {name: v for name, v in plain.items() if name.startswith(tuple(list(groups)[:2]))}
+    bars(figure.subplots(), list(source.classes), drawn)
     figure.axes[0].set_ylabel("correlation of M with error")
     distinct = [r for group in results.values() for r in group]
     save_figure(study, figure, f"disagreement-{study.task}", distinct)
@@ -881,10 +921,10 @@ def control(study: Study) -> None:
 
     Only a shift of layout and class frequency can show negative transfer.
     """
-    settings, hyper = train.configure(study.given)
-    regimes = {name: {"shift": shift} for name, shift in REGIMES.items()}
-    if settings.tgt != "streets" or "shift" in study.given:
-        regimes = {"": {}}
+    _, hyper = train.configure(study.given)
+    regimes = {"": {}}
+    if on_streets(study):
+        regimes = {name: {"shift": shift} for name, shift in REGIMES.items()}
     groups = {
         (regime, name): study.cells(**shift, **change)
         for regime, shift in regimes.items()
@@ -1059,7 +1099,7 @@ COMMANDS = {
     dusk: {"methods", "tan_lambda_adv"},
 }
 NAMES = {function.__name__: function for function in COMMANDS}
-PHOTOGRAPHS = (remedies, dusk)  # they need a folder of them, so `all` leaves them out
+APART = (sweep, remedies, dusk)  # left out of `all`: on other seeds, or in need of photographs
 QUICK = {"steps": 240, "adv_start": 165}  # of streets; a seventh of the default run
 OPTIONS = {"seeds", "quick", "jobs", "runs", "to"} | set().union(*COMMANDS.values())
 OWN = {"seed", "out", "method", "save_every", "keep"}  # what a study sets itself
@@ -1114,7 +1154,7 @@ def parse(argv) -> tuple[list, Study]:
     given = vars(parser().parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     what = given.pop("what")
-    asked = [f for f in COMMANDS if f not in PHOTOGRAPHS] if what == "all" else [NAMES[what]]
+    asked = [f for f in COMMANDS if f not in APART] if what == "all" else [NAMES[what]]
     read = set().union(*(COMMANDS[f] for f in asked))
     idle = (OPTIONS & given.keys()) - read - {"seeds", "quick", "jobs", "runs", "to"}
     if idle:
@@ -1122,7 +1162,7 @@ def parse(argv) -> tuple[list, Study]:
     own = {key: given.pop(key) for key in OPTIONS & given.keys()}
     if dusk in asked:
         given = {"src": "folder", "tgt": "folder", "backbone": "lite0"} | given
-    seeds = TUNING_SEEDS if asked == [sweep] else (0, 1, 2) if dusk in asked else (0, 1, 2, 3, 4)
+    seeds = (0, 1, 2) if dusk in asked else TUNING_SEEDS if sweep in asked else (0, 1, 2, 3, 4)
     runs, images = Path("runs") / "study", 1000
     if own.pop("quick", False):
         if train.configure(given)[0].backbone != "tiny":
@@ -1137,7 +1177,8 @@ def parse(argv) -> tuple[list, Study]:
 
 
 def main(argv=None) -> None:
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         asked, study = parse(sys.argv[1:] if argv is None else argv)
         for run in asked:
