@@ -1011,15 +1011,17 @@ def sweep(study: Study) -> None:
 
 # Photographs as the target.
 
-REMEDIES = {  # each adds one thing to those before it
+REMEDIES = {
     "as it is": {},
+    "gradient through M": {"detach_m": False},
+    "M shuffled over the pixels": {"weight_map": "shuffled"},
     "lambda_local 10": {"lambda_local": 10.0},
-    "and BatchNorm statistics of both domains": {"lambda_local": 10.0, "batchnorm": "batch"},
+    "lambda_local 10, BatchNorm statistics of both": {"lambda_local": 10.0, "batchnorm": "batch"},
 }
 
 
 def remedies(study: Study) -> None:
-    """What may help where adaptation gains little or harms: the weight's size, BatchNorm."""
+    """What may help where adaptation gains little or harms: the weight's kind, BatchNorm."""
     groups = {
         (remedy, method): study.cells(method=method, **change)
         for remedy, change in REMEDIES.items()
