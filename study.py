@@ -1011,12 +1011,14 @@ def sweep(study: Study) -> None:
 
 # Photographs as the target.
 
+DETACHED = {"detach_m": True}
 REMEDIES = {
     "as it is": {},
-    "gradient through M": {"detach_m": False},
-    "M shuffled over the pixels": {"weight_map": "shuffled"},
-    "lambda_local 10": {"lambda_local": 10.0},
-    "lambda_local 10, BatchNorm statistics of both": {"lambda_local": 10.0, "batchnorm": "batch"},
+    "no gradient through M": DETACHED,
+    "so, M shuffled over the pixels": DETACHED | {"weight_map": "shuffled"},
+    "so, lambda_local 10": DETACHED | {"lambda_local": 10.0},
+    "so, and BatchNorm statistics of both domains": DETACHED
+    | {"lambda_local": 10.0, "batchnorm": "batch"},
 }
 
 

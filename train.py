@@ -100,7 +100,7 @@ def defaults(settings: Settings) -> dict:
     change = {}
     if settings.src == "synthia" and settings.recipe == "released":
         change |= {"lambda_local": 10.0}
-    if settings.backbone in ("tiny", "lite0") and settings.recipe == "paper":
+    if settings.backbone == "tiny" and settings.recipe == "paper":
         change |= {"detach_m": True}  # else M falls to 0 within a few steps: RESULTS.md
     if settings.backbone == "tiny":  # trained from scratch: warm-up on the source, larger rates
         change |= {"steps": 1350, "adv_start": 1100, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
