@@ -130,6 +130,7 @@ def finished(given: dict) -> dict | None:
         return None
     wanted, found = flat(given), evaluation.read_metadata(last)["settings"]
     compared = wanted.keys() - (train.FREE - {"src_dir", "tgt_dir"})
+    compared -= train.NOT_USED_BY.get(wanted["method"], set()) - {"d_channels"}
     changed = [k for k in sorted(compared) if wanted[k] != found.get(k)]
     if changed:
         was = ", ".join(f"{train.flag_of(k)} {found.get(k)}, now {wanted[k]}" for k in changed)

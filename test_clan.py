@@ -3609,6 +3609,7 @@ def test_study_refuses_a_folder_of_another_configuration(scenes, tmp_path):
     studied("table", tmp_path, "--seeds", "0", "--methods", "tan")
     sentence = study_error("table", tmp_path, "--seeds", "0", "--methods", "tan", "--lr-g", "0.5")
     assert "--lr-g 0.02, now 0.5" in sentence and "--runs" in sentence
+    studied("table", tmp_path, "--seeds", "0", "--methods", "tan", "--eps", "0.5")  # not TAN's
 
 
 @pytest.mark.parametrize(
