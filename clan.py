@@ -153,10 +153,11 @@ def is_adaptive(step: int, hyper: Hyper) -> bool:
 
 
 def uses_batch_statistics(step: int, hyper: Hyper) -> bool:
-    """Whether BatchNorm normalises with the statistics of the batch in this step."""
-    if (
-        hyper.batchnorm == "before"
-    ):  # for the source-only baseline too: it differs by its loss alone
+    """Whether BatchNorm normalises with the statistics of the batch in this step.
+
+    "before" holds for the source-only baseline too, so that it differs by its loss alone.
+    """
+    if hyper.batchnorm == "before":
         return step < hyper.adv_start
     return hyper.batchnorm == "batch"
 
@@ -206,7 +207,7 @@ def adaptive_weight(m: torch.Tensor, step: int, hyper: Hyper) -> torch.Tensor:
     `weight_map` makes a control of it, to tell where M puts the weight from how much there is:
     the same weights at other pixels (a new order each step), or scaled to a mean of 1.
     """
-    weight = hyper.lambda_local * m + hyper.eps
+    weight = hyper.lambda_local * m + hyper.eps  # Eq. 5
     if hyper.weight_map == "shuffled":
         order = torch.randperm(m[0].numel(), generator=torch.Generator().manual_seed(step))
         weight = weight.flatten(1)[:, order.to(m.device)].view_as(m)
