@@ -1089,7 +1089,8 @@ def link(to: Path, path: Path) -> None:
 
 # The program.
 
-# Each study and the flags of this program that it reads, besides --seeds, --jobs, --runs and --to.
+FOR_ALL = {"seeds", "quick", "jobs", "runs", "to"}  # flags of this program that every study reads
+# Each study and the further ones that it reads.
 COMMANDS = {
     table: {"methods", "tan_lambda_adv"},
     ccd: {"methods", "tan_lambda_adv", "images", "marked"},
@@ -1105,8 +1106,8 @@ COMMANDS = {
 }
 NAMES = {function.__name__: function for function in COMMANDS}
 APART = (sweep, remedies, dusk)  # left out of `all`: on other seeds, or in need of photographs
-QUICK = {"steps": 240, "adv_start": 165}  # of streets; a seventh of the default run
-OPTIONS = {"seeds", "quick", "jobs", "runs", "to"} | set().union(*COMMANDS.values())
+QUICK = {"steps": 240, "adv_start": 165}  # of streets
+OPTIONS = FOR_ALL.union(*COMMANDS.values())
 OWN = {"seed", "out", "method", "save_every", "keep"}  # what a study sets itself
 
 
@@ -1160,8 +1161,7 @@ def parse(argv) -> tuple[list, Study]:
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     what = given.pop("what")
     asked = [f for f in COMMANDS if f not in APART] if what == "all" else [NAMES[what]]
-    read = set().union(*(COMMANDS[f] for f in asked))
-    idle = (OPTIONS & given.keys()) - read - {"seeds", "quick", "jobs", "runs", "to"}
+    idle = (OPTIONS & given.keys()) - FOR_ALL.union(*(COMMANDS[f] for f in asked))
     if idle:
         raise ValueError(f"{what} does not use {', '.join(map(train.flag_of, sorted(idle)))}")
     own = {key: given.pop(key) for key in OPTIONS & given.keys()}

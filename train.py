@@ -101,7 +101,7 @@ def defaults(settings: Settings) -> dict:
     if settings.src == "synthia" and settings.recipe == "released":
         change |= {"lambda_local": 10.0}
     if settings.backbone == "tiny" and settings.recipe == "paper":
-        change |= {"detach_m": True}  # else M falls to 0 within a few steps: RESULTS.md
+        change |= {"detach_m": True}  # else M falls to near 0, and the weight to eps: RESULTS.md
     if settings.backbone == "tiny":  # trained from scratch: warm-up on the source, larger rates
         change |= {"steps": 1350, "adv_start": 1100, "batch": 4, "lr_g": 0.02, "head_lr": 1.0}
         change |= {"bn_affine": True, "batchnorm": "before", "crop": False}
