@@ -225,8 +225,10 @@ def g_step(G, D, batch: Batch, step: int, hyper: Hyper):
     """
     strength = 1 - progress(step, hyper) if hyper.damping else 1.0
     labels = batch.labels.long()
-    logits_1, logits_2 = (upsample(x, labels.shape[-2:]) for x in G(batch.source))
-    heads = [logits_1 + logits_2] if hyper.seg_heads == "ensemble" else [logits_1, logits_2]
+    heads = G(batch.source)
+    if hyper.seg_heads == "ensemble":
+        heads = [sum(heads)]  # before the up-sampling, which is linear: half of its cost
+    heads = [upsample(x, labels.shape[-2:]) for x in heads]
     loss = sum(segmentation_loss(x, labels, gamma=hyper.gamma) for x in heads)  # Eq. 3
     terms = {"seg": loss.detach()}
 
@@ -238,7 +240,7 @@ def g_step(G, D, batch: Batch, step: int, hyper: Hyper):
     if not is_adversarial(step, hyper):
         return loss, terms, None
 
-    p_source = (logits_1 + logits_2).softmax(dim=1)  # B C H W
+    p_source = sum(heads).softmax(dim=1)  # B C H W
     logits_1, logits_2 = (upsample(x, batch.target_size) for x in G(batch.target))
     p_target = (logits_1 + logits_2).softmax(dim=1)  # B C H W
     weight = None  # Eq. 2: every pixel alike

@@ -12,6 +12,8 @@ Shapes: B images, C classes, H W pixels. The last checkpoint of a run is its res
 
 import argparse
 import json
+import os
+import platform
 import sys
 from pathlib import Path
 
@@ -71,6 +73,16 @@ def find_device(name: str = "auto") -> torch.device:
         raise ValueError(f"--device {name} is not to be had here ({first}): use cpu") from error
 
 
+def machine(device: torch.device) -> str:
+    """The device in words, for the line under a result."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
 @torch.no_grad()
 def predict(G, images: torch.Tensor, sizes, amp: bool = False) -> list[torch.Tensor]:
     """Train ids (uint8 H W) of B 3 h w uint8 images, each at its own full size of `sizes`.
@@ -88,19 +100,40 @@ def predict(G, images: torch.Tensor, sizes, amp: bool = False) -> list[torch.Ten
     return [x[0].argmax(dim=0).to(torch.uint8) for x in up]
 
 
+def ranks() -> tuple[int, int]:
+    """This process's number among those of torchrun and how many they are; (0, 1) without it."""
+    group = torch.distributed
+    there = group.is_available() and group.is_initialized()
+    return (group.get_rank(), group.get_world_size()) if there else (0, 1)
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Under torchrun, meet the other processes: each has its own GPU, or all share the CPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # gloo beside nccl: what is agreed between processes must not make the device wait
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
 def evaluate(
     G, dataset: data.DataSet, table: np.ndarray, *, device="cpu", amp=False, workers=0, save=None
 ) -> torch.Tensor:
     """The confusion matrix (C x C, on the CPU) of G over a split.
 
     table: uint8, from the split's train ids to G's classes (data.shared_classes). save: called
-    with (index, prediction H W uint8) for each image. Leaves G in evaluation mode.
+    with (index, prediction H W uint8) for each image. Leaves G in evaluation mode. Several
+    processes share the images, and each returns the matrix of all.
     """
+    rank, world = ranks()
     to_source = torch.from_numpy(table).to(device)
     confusion = torch.zeros(G.num_classes, G.num_classes, dtype=torch.int64, device=device)
     batch = 16 if dataset.size[0] * dataset.size[1] <= 256 * 512 else 1
     loader = torch.utils.data.DataLoader(
-        data.Pairs(dataset),
+        torch.utils.data.Subset(data.Pairs(dataset), range(rank, len(dataset), world)),
         batch_size=batch,
         num_workers=workers,
         collate_fn=list,
@@ -116,6 +149,8 @@ def evaluate(
             confusion = confusion_matrix(pred, label, G.num_classes, total=confusion)
             if save:
                 save(i, pred.cpu().numpy())
+    if world > 1:
+        torch.distributed.all_reduce(confusion)
     return confusion.cpu()
 
 
@@ -304,11 +339,13 @@ def evaluate_main(args: argparse.Namespace) -> None:
         classes=source.classes,
         say=console.print,
     )
-    device = find_device(args.device)
+    device = join_processes(find_device(args.device))
     G = G.to(device, memory_format=torch.channels_last)
     table, _, _ = data.shared_classes(source, target)
     save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
     confusion = evaluate(G, target, table, device=device, workers=args.workers, save=save)
+    if ranks()[0] > 0:  # one of several processes shows and writes
+        return
     result = report(confusion, source, target)
 
     out = args.run if args.run.is_dir() else args.run.parent

@@ -11,6 +11,7 @@ which strides and which normalisation, the first weights of a backbone were trai
 property of the weights, and the wrong one costs accuracy without any error.
 """
 
+import hashlib
 import importlib.util
 import json
 import pickle
@@ -475,15 +476,43 @@ def read_weights(path: Path, part: str) -> tuple[dict[str, Tensor], dict]:
         head = file.read(9)
     if head[8:] != b"{" and path.suffix != ".safetensors":
         return read_pickle(path), {}
+    tensors, metadata = read_checkpoint(path)
+    if any(n.startswith(("G.", "D.")) for n in tensors):
+        tensors = {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
+    try:
+        return tensors, json.loads(metadata.get("settings", "{}")) or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: damaged settings ({error}); fetch or save it again") from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file and its metadata, compared with the checksum if it has one.
+
+    Raises ValueError for a file that is damaged in any way that can be seen.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {}).get("settings", "{}"))
-            names = list(file.keys())
-            ours = any(n.startswith(("G.", "D.")) for n in names)
-            names = [n for n in names if n.startswith(part) or not ours]
-            return {n.removeprefix(part): file.get_tensor(n) for n in names}, settings or {}
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path}: truncated or damaged; fetch or save it again") from error
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: truncated or damaged ({error}); take an older checkpoint or fetch it again"
+        ) from error
+    if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
+        raise ValueError(
+            f"{path}: damaged, its tensors do not have the checksum they were written with; take "
+            "an older checkpoint or fetch it again"
+        )
+    return tensors, metadata
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -34,14 +33,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
 import clan
 import data
 import eval as evaluation
 import train
 from losses import discrepancy_map
-from models import Discriminator, Generator, load_weights
+from models import Discriminator, Generator, load_weights, read_checkpoint
 
 # Classes that the paper's text calls infrequent and prone to negative transfer (Sections 4.3 and
 # 4.4; its tables show them in blue).
@@ -172,7 +170,7 @@ def adopt(donor: Path, given: dict) -> Path:
     if hyper.method == "source":
         return start
     about = evaluation.read_metadata(start) | {"settings": flat(given)}
-    train.save(settings.out / train.BEFORE, load_file(start), about)
+    train.save(settings.out / train.BEFORE, read_checkpoint(start)[0], about)
     return settings.out / train.BEFORE
 
 
@@ -189,22 +187,12 @@ def run_cell(given: dict, donor: Path | None, threads: int | None) -> dict:
     with (out / "log.txt").open("a") as file, contextlib.redirect_stdout(file):
         result = train.train(settings, hyper, start, Console(file=file))
     result["seconds"] = time.monotonic() - since
-    result["machine"] = machine(evaluation.find_device(settings.device))
+    result["machine"] = evaluation.machine(evaluation.find_device(settings.device)) + " a run"
     result["commit"] = evaluation.read_metadata(Path(result["checkpoint"]))["commit"]
     beside = out / f"{RESULT}.tmp"
     beside.write_text(json.dumps(result))
     beside.replace(out / RESULT)
     return result
-
-
-def machine(device: torch.device) -> str:
-    """The device in words, for the line under a table."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads a run"
 
 
 def run_cells(study: Study, cells: list[dict]) -> list[dict]:

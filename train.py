@@ -9,10 +9,13 @@ metrics.jsonl, the last checkpoints, and at the end eval.json and result.png.
 """
 
 import argparse
+import contextlib
 import inspect
+import itertools
 import json
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -20,21 +23,31 @@ import sys
 import time
 import types
 import typing
+from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+import filelock
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import clan
 import data
 import eval as evaluation
-from models import Discriminator, Generator, lineage_for, load_weights, set_batchnorm
+from models import (
+    Discriminator,
+    Generator,
+    checksum,
+    lineage_for,
+    load_weights,
+    read_checkpoint,
+    set_batchnorm,
+)
 
 Source = Literal["gta5", "synthia", "cityscapes", "streets", "folder"]
 Target = Literal["cityscapes", "streets", "folder", "auto"]  # those with a split to score on
@@ -196,10 +209,30 @@ def refuse_idle_flags(given: dict) -> None:
         raise ValueError(f"--method {method} does not use {', '.join(idle)}: drop one of the two")
 
 
-def resumed(given: dict, resume: Path) -> tuple[dict, Path]:
+def newest_valid(folder: Path, say) -> Path:
+    """The last checkpoint of a run folder that is whole; says which it passes over, and why.
+
+    Those get another ending, so that they are in nobody's way and not lost.
+    """
+    newest = evaluation.newest_checkpoint(folder)
+    if newest == folder:  # a file, named as such
+        return folder
+    for path in sorted(folder.glob("step_*.safetensors"), reverse=True):
+        try:
+            read_checkpoint(path)
+            return path
+        except ValueError as error:
+            path.rename(f"{path}.damaged")
+            say(f"passed over, now {path.name}.damaged: {error}", soft_wrap=True)
+    raise ValueError(
+        f"no checkpoint of {folder} is whole: begin anew with another --out, or restore one"
+    )
+
+
+def resumed(given: dict, resume: Path, say) -> tuple[dict, Path]:
     """The flags of the run to go on with, and its checkpoint. A flag may not contradict it."""
     folder = configure(given)[0].out if resume == Path() else resume
-    path = evaluation.newest_checkpoint(folder)
+    path = newest_valid(folder, say)
     before = evaluation.read_metadata(path).get("settings")
     if before is None:
         raise ValueError(f"{path} is no checkpoint of train.py: use it with --init")
@@ -214,6 +247,7 @@ def resumed(given: dict, resume: Path) -> tuple[dict, Path]:
             f"{path} was made with other settings: drop {', '.join(changed)}, or start a new run "
             "with --out"
         )
+    say(f"going on from {path}", soft_wrap=True)
     paths = {k: before[k] and Path(before[k]) for k in ("data", "src_dir", "tgt_dir", "out")}
     return before | paths | {"out": path.parent} | given, path
 
@@ -223,9 +257,7 @@ def resumed(given: dict, resume: Path) -> tuple[dict, Path]:
 
 def pack(G, D, opt_g, opt_d) -> dict[str, torch.Tensor]:
     """Everything that the next step depends on, as flat tensors."""
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors = {}
     for prefix, module in (("G", G), ("D", D)):
         tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
     for prefix, optimizer in (("opt_g", opt_g), ("opt_d", opt_d)):
@@ -245,15 +277,16 @@ def unpack(tensors: dict[str, torch.Tensor], G, D, opt_g, opt_d) -> None:
     G.load_state_dict(part("G."))
     D.load_state_dict(part("D."))
     for prefix, optimizer in (("opt_g.", opt_g), ("opt_d.", opt_d)):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state = {}
         for name, value in part(prefix).items():
             i, key = name.split(".", 1)
+            like = parameters[int(i)]
+            if value.shape == like.shape:  # the fused optimizers need its memory format too
+                value = torch.empty_like(like).copy_(value)
             state.setdefault(int(i), {})[key] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
@@ -263,18 +296,53 @@ def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         raise FloatingPointError(f"{wrong[0]} is not finite: {path} was not written")
     beside = path.with_suffix(".tmp")
     text = {k: json.dumps(v, default=str) for k, v in metadata.items()}
+    text |= {"format": "pt", "checksum": checksum(tensors)}
     try:
-        save_file(tensors, beside, metadata={"format": "pt"} | text)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        save_file(tensors, beside, metadata=text)
+        to_disk(beside)
         beside.chmod(0o644)
         beside.replace(path)
+        to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
         raise OSError(
             f"{path} could not be written ({error}): make room or choose another --out; the "
             "checkpoints before it are intact"
         ) from error
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    if path.is_dir() and os.name != "posix":
+        return  # only there can a folder be opened
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def owned(folder: Path):
+    """Work in this folder alone. The lock ends with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = filelock.FileLock(folder / ".lock"), folder / ".owner"
+    try:
+        lock.acquire(timeout=LOCK_WAIT)
+    except filelock.Timeout:
+        who = owner.read_text() if owner.exists() else "another process"
+        raise ValueError(
+            f"{folder} is in use by {who}: wait for it to end, or choose another --out"
+        ) from None
+    try:
+        owner.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+        owner.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+LOCK_WAIT = 10  # seconds: a killed run's loaders notice within five, and hold its lock until then
 
 
 def commit() -> str:
@@ -290,17 +358,26 @@ def commit() -> str:
 # What the loop reports.
 
 
-class Log:
-    """metrics.jsonl and the progress shown: scalars stay on the device until a line is due."""
+# When to warn: D's mean probability of "source" beyond SURE, or below 1 - SURE, for STUCK steps.
+SURE, STUCK = 0.999, 200
+D_WON = "try a smaller --lr-d, or a larger --lambda-adv"
+D_LOST = "try a smaller --lr-d, or a smaller --lambda-adv"
 
-    def __init__(self, path: Path, start: int, hyper: clan.Hyper, every: int, console: Console):
-        text = path.read_text() if start and path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()  # a kill can leave half a line behind
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a", buffering=1)
+
+class Log:
+    """metrics.jsonl, the progress shown, and the watch over what a run computes.
+
+    The scalars of a step travel to the host while the device goes on; each is looked at as soon as
+    it has arrived, on a CPU at once, so that no step waits and a NaN is named with its step.
+    """
+
+    def __init__(
+        self, path: Path | None, start: int, hyper: clan.Hyper, every: int, console: Console
+    ):
+        self.file = path and self.open(path, start)
         self.hyper, self.every, self.console = hyper, every, console
-        self.pending, self.images, self.since = [], 0, time.monotonic()
+        self.pending, self.images, self.since = deque(), 0, time.monotonic()
+        self.stuck = {}
         self.bar = Progress(
             *("{task.description}", BarColumn(), "{task.completed}/{task.total}"),
             *(TimeRemainingColumn(), "{task.fields[terms]}"),
@@ -309,37 +386,90 @@ class Log:
         )
         self.task = self.bar.add_task("steps", total=hyper.steps, completed=start, terms="")
 
+    @staticmethod
+    def open(path: Path, start: int):
+        """The file with its lines up to `start`, to go on from there."""
+        text = path.read_text() if start and path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a kill can leave half a line behind
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(line + "\n" for line in kept))
+        beside.replace(path)
+        return path.open("a", buffering=1)
+
     def add(self, step: int, terms: dict[str, torch.Tensor], images: int) -> None:
         """The terms of a step; steps count from 1 here, as those that are done."""
-        self.pending.append((step, terms))
+        values, arrived = torch.stack(list(terms.values())), None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.pending.append((step, terms.keys(), values, arrived))
         self.images += images
-        if step % self.every == 0:
-            self.flush()
+        self.read()
 
-    def flush(self) -> None:
-        """Read the pending terms in one transfer. A non-finite one is a FloatingPointError."""
-        if not self.pending:
-            return
-        values = iter(torch.stack([v for _, t in self.pending for v in t.values()]).tolist())
-        for step, terms in self.pending:
-            terms = {name: next(values) for name in terms}
-            if not all(map(math.isfinite, terms.values())):
+    def read(self, wait: bool = False) -> None:
+        """Look at the terms that have arrived, or with `wait` at all of them.
+
+        Raises FloatingPointError for one that is not finite.
+        """
+        while self.pending:
+            step, names, values, arrived = self.pending[0]
+            if arrived is not None and not wait and not arrived.query():
+                return
+            if arrived is not None:
+                arrived.synchronize()
+            self.pending.popleft()
+            terms = dict(zip(names, values.tolist(), strict=True))
+            wrong = [name for name, value in terms.items() if not math.isfinite(value)]
+            if wrong:
                 shown = ", ".join(f"{k} {v:.4g}" for k, v in terms.items())
-                raise FloatingPointError(f"a loss is not finite at step {step}: {shown}")
+                raise FloatingPointError(f"{wrong[0]} is not finite at step {step}: {shown}")
+            self.watch(step, terms)
             if step % self.every == 0 or step == self.hyper.steps:
                 self.record({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()})
                 self.show(step, terms)
-        self.pending = []
+
+    def watch(self, step: int, terms: dict[str, float]) -> None:
+        """Warn, once each, of a D that answers the same for STUCK steps without a break."""
+        if "d_source" not in terms:
+            return
+        source, target = terms["d_source"], terms["d_target"]
+        won = source > SURE and target < 1 - SURE
+        lost = min(source, target) > SURE or max(source, target) < 1 - SURE
+        for what, now, advice in (
+            ("D tells the domains apart without a doubt, G learns nothing from it", won, D_WON),
+            ("D gives one answer for both domains, G learns nothing from it", lost, D_LOST),
+        ):
+            self.stuck[what] = self.stuck.get(what, 0) + 1 if now else 0
+            if self.stuck[what] == STUCK:
+                self.bar.console.print(
+                    f"warning: {what}, for {STUCK} steps up to step {step} (d_source {source:.4f}, "
+                    f"d_target {target:.4f}): {advice}",
+                    soft_wrap=True,
+                )
 
     def record(self, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        if self.file is None:  # rank 0 alone writes
+            return
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{self.file.name} could not be written ({error}): make room, then go on with "
+                f"--resume {Path(self.file.name).parent}"
+            ) from error
+
+    def save(self) -> None:
+        os.fsync(self.file.fileno())
 
     def show(self, step: int, terms: dict[str, float]) -> None:
         seconds = time.monotonic() - self.since
         speed = self.images / max(seconds, 1e-9)
         text = " ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f" | {speed:.0f} images/s"
         self.bar.update(self.task, completed=step, terms=text)
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and self.file:
             print(f"step {step}/{self.hyper.steps} {text}", flush=True)
         self.images, self.since = 0, time.monotonic()
 
@@ -389,6 +519,8 @@ class Run:
     D: Discriminator
     opt_g: torch.optim.Optimizer
     opt_d: torch.optim.Optimizer
+    rank: int  # of this process among the `world` of torchrun; 0 of 1 without it
+    world: int
 
     @property
     def out(self) -> Path:
@@ -404,7 +536,8 @@ class Run:
 def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: Console) -> Run:
     """Data, networks and optimizers: from the seed and --init, or with resume from a checkpoint."""
     torch.manual_seed(settings.seed)
-    device = evaluation.find_device(settings.device)
+    device = evaluation.join_processes(evaluation.find_device(settings.device))
+    rank, world = evaluation.ranks()
     if settings.compile == "on" and device.type == "cpu":  # seen with torch 2.13: right losses, but
         # the gradient of the segmentation loss was 0 for the focal form
         raise ValueError("--compile on loses gradients on a CPU with torch 2.13: drop it")
@@ -414,7 +547,7 @@ def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console:
     workers = settings.workers
     if workers < 0:
         drawn = settings.src == settings.tgt == "streets"
-        workers = 0 if drawn else min(8, os.cpu_count() or 1)
+        workers = 0 if drawn else min(8, (os.cpu_count() or 1) // world)
 
     G = Generator(settings.backbone, len(source.classes), settings.lineage, hyper.head_std)
     D = Discriminator(len(source.classes), hyper.d_channels)
@@ -432,9 +565,9 @@ def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console:
     if left_out:
         console.print(f"not scored, on one side only: {', '.join(left_out)}", soft_wrap=True)
     if resume:
-        unpack(load_file(resume), G, D, opt_g, opt_d)
+        unpack(read_checkpoint(resume)[0], G, D, opt_g, opt_d)
     parts = (settings, hyper, device, amp, workers, source, target, val, table)
-    return Run(*parts, G, D, opt_g, opt_d)
+    return Run(*parts, G, D, opt_g, opt_d, rank, world)
 
 
 def open_all(settings: Settings):
@@ -465,9 +598,10 @@ def build_optimizers(G, D, hyper: clan.Hyper):
         {"params": list(G.E.parameters())},
         {"params": [*G.C1.parameters(), *G.C2.parameters()]},
     ]
-    opt_g = torch.optim.SGD(groups, hyper.lr_g, hyper.momentum, weight_decay=hyper.weight_decay_g)
+    decay_g, decay_d = hyper.weight_decay_g, hyper.weight_decay_d
+    opt_g = torch.optim.SGD(groups, hyper.lr_g, hyper.momentum, weight_decay=decay_g, fused=True)
     betas = (hyper.beta1_d, hyper.beta2_d)
-    opt_d = torch.optim.Adam(D.parameters(), hyper.lr_d, betas, weight_decay=hyper.weight_decay_d)
+    opt_d = torch.optim.Adam(D.parameters(), hyper.lr_d, betas, weight_decay=decay_d, fused=True)
     return opt_g, opt_d
 
 
@@ -478,10 +612,20 @@ def set_rates(opt_g, opt_d, step: int, hyper: clan.Hyper) -> None:
     opt_d.param_groups[0]["lr"] = lr_d
 
 
+def gradient_norm(optimizer) -> torch.Tensor:
+    """Euclidean norm of all gradients, a scalar: what is wrong in one of them shows in it."""
+    groups = (group["params"] for group in optimizer.param_groups)
+    gradients = [p.grad for p in itertools.chain(*groups) if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
 def loader(run: Run, start: int) -> torch.utils.data.DataLoader:
     """The batches of the steps from `start` on, read ahead by `workers` processes."""
     return torch.utils.data.DataLoader(
-        data.Steps(run.source, run.target, run.hyper, seed=run.settings.seed),
+        data.Steps(
+            *(run.source, run.target, run.hyper),
+            **{"seed": run.settings.seed, "rank": run.rank, "world": run.world},
+        ),
         batch_size=None,
         sampler=range(start, run.hyper.steps),
         generator=torch.Generator(),  # its own: a resumed run must not move the networks' one
@@ -505,12 +649,52 @@ def to_device(batch: clan.Batch, device) -> clan.Batch:
     return clan.Batch(source, labels, target, size)
 
 
+# Several processes (torchrun): each takes its own samples, and gradients are averaged.
+
+
+class Step(torch.nn.Module):
+    """A step as a module that holds the network it trains: one forward for each backward."""
+
+    def __init__(self, step, network: torch.nn.Module):
+        super().__init__()
+        self.step, self.network = step, network
+
+    def forward(self, *arguments):
+        return self.step(*arguments)
+
+
+def data_parallel(step, network: torch.nn.Module):
+    """The step, averaging the gradients of `network` over all processes in its backward.
+
+    BatchNorm's running statistics are those of rank 0. A loss over unlabelled pixels is averaged
+    process by process, so that each counts alike however many of its pixels are labelled.
+    """
+    return torch.nn.parallel.DistributedDataParallel(Step(step, network))
+
+
+def any_rank(asked: bool) -> bool:
+    """Whether any process was asked to stop: all must leave the loop after the same step."""
+    if evaluation.ranks()[1] == 1:
+        return asked
+    flag = torch.tensor(int(asked))  # on the CPU: the device need not wait
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of many numbers, so that randomness is a function of (seed, step, rank) alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
 
 
 def checkpoint(run: Run, log: Log, step: int, name: str | None = None) -> None:
     """Save everything, but no weights of a loss that was not finite; then drop the oldest."""
-    log.flush()
+    log.read(wait=True)
+    if run.rank > 0:
+        return
+    log.save()
     about = {"classes": run.source.classes, "tgt_size": run.target.size, "commit": commit()}
     about |= {"settings": asdict(run.settings) | asdict(run.hyper), "step": step}
     tensors = pack(run.G, run.D, run.opt_g, run.opt_d)
@@ -528,9 +712,13 @@ def loop(run: Run, start: int, log: Log, stop: Stop) -> None:
     g_step = torch.compile(clan.g_step) if compiled else clan.g_step
     d_step = torch.compile(clan.d_step) if compiled else clan.d_step
 
+    if run.world > 1:
+        g_step, d_step = data_parallel(g_step, G), data_parallel(d_step, D)
+
     batches = data.checked(loader(run, start))
     for step, batch in zip(range(start, hyper.steps), batches, strict=True):
         batch = to_device(batch, device)
+        torch.manual_seed(seed_of(settings.seed, step, run.rank))  # of dropout
         set_rates(opt_g, opt_d, step, hyper)
         G.train()
         statistics = clan.uses_batch_statistics(step, hyper)
@@ -540,6 +728,7 @@ def loop(run: Run, start: int, log: Log, stop: Stop) -> None:
             loss, terms, predictions = g_step(G, D, batch, step, hyper)  # Eq. 6
         opt_g.zero_grad()
         loss.backward()
+        terms["grad"] = gradient_norm(opt_g)
         opt_g.step()
 
         if predictions is not None:
@@ -547,11 +736,12 @@ def loop(run: Run, start: int, log: Log, stop: Stop) -> None:
                 loss, d_terms = d_step(D, predictions)  # Eq. 5, or Eq. 2
             opt_d.zero_grad()
             loss.backward()
+            terms |= d_terms | {"d_grad": gradient_norm(opt_d)}
             opt_d.step()
-            terms |= d_terms
 
         done = step + 1
-        log.add(done, terms, images=hyper.batch * (1 if predictions is None else 2))
+        log.add(done, terms, images=run.world * hyper.batch * (1 if predictions is None else 2))
+        stopping = any_rank(stop.asked)
         adapts_next = done == hyper.adv_start and hyper.method != "source"
         if adapts_next:
             checkpoint(run, log, done, BEFORE)
@@ -560,9 +750,9 @@ def loop(run: Run, start: int, log: Log, stop: Stop) -> None:
             miou = run.score(G)["miou"]
             log.record({"step": done, "target_miou": miou})
             log.bar.console.print(f"step {done}: target mIoU {100 * miou:.1f}")
-        if done % settings.save_every == 0 or done == hyper.steps or stop.asked:
+        if done % settings.save_every == 0 or done == hyper.steps or stopping:
             checkpoint(run, log, done)
-        if stop.asked and done < hyper.steps:
+        if stopping and done < hyper.steps:
             raise Stopped(f"stopped after step {done}; go on with --resume {run.out}")
 
 
@@ -574,6 +764,8 @@ def finish(run: Run, console: Console) -> dict:
         networks["before"] = before.to(run.device, memory_format=torch.channels_last)
     networks["after"] = run.G
     columns = {name: run.score(network) for name, network in networks.items()}
+    if run.rank > 0:
+        return columns["after"]
     settings = run.settings
     paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, run.hyper.method)
     title = f"IoU on {settings.tgt} val, %"
@@ -601,35 +793,58 @@ def train(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: C
         raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
     start = evaluation.read_metadata(resume)["step"] if resume else 0
     run = prepare(settings, hyper, resume, console)
-    out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "metrics.jsonl", start, hyper, settings.log_every, console)
-    try:
-        with log.bar, Stop() as stop:
-            loop(run, start, log, stop)
-    except FloatingPointError as error:
-        saved = sorted(out.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
-        last = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved before"
-        raise FloatingPointError(f"{error}; {last}; try a smaller --lr-g or --amp off") from error
-    return finish(run, console)
+    with owned(out) if run.rank == 0 else contextlib.nullcontext():
+        for unfinished in out.glob("*.tmp") if run.rank == 0 else ():
+            unfinished.unlink()
+        path = out / "metrics.jsonl" if run.rank == 0 else None
+        log = Log(path, start, hyper, settings.log_every, console)
+        try:
+            with log.bar, Stop() as stop:
+                loop(run, start, log, stop)
+        except FloatingPointError as error:
+            saved = sorted(out.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
+            last = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved before"
+            raise FloatingPointError(
+                f"{error}; {last}; try a smaller --lr-g or --amp off"
+            ) from error
+        return finish(run, console)
+
+
+def restarted(given: dict, resume: Path | None) -> Path | None:
+    """What to go on from after torchrun --max-restarts has started this process again."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not again:
+        return resume
+    folder = configure(given)[0].out if resume in (None, Path()) else resume
+    return folder if any(folder.glob("step_*.safetensors")) else None
 
 
 def main(argv=None) -> None:
     given, resume = parse(argv)
-    console = Console()
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    console = Console(quiet=rank > 0)
     try:
         refuse_idle_flags(given)
+        resume = restarted(given, resume)
         if resume is not None:
-            given, resume = resumed(given, resume)
+            given, resume = resumed(given, resume, console.print)
         settings, hyper = configure(given)
         train(settings, hyper, resume, console)
     except Stopped as stopped:
-        print(stopped)
+        console.print(str(stopped), soft_wrap=True, highlight=False)
         sys.exit(130)
     except KeyboardInterrupt:
         print("stopped at once; go on from the last checkpoint, if there is one, with --resume")
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if world == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+            raise
+        sys.exit(
+            f"error: rank {rank} lost another process ({str(error).splitlines()[0][:120]}); once "
+            "its cause, said above, is mended, go on with --resume"
+        )
 
 
 if __name__ == "__main__":
