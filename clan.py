@@ -9,6 +9,7 @@ that calls them is in train.py, the losses are in losses.py.
 Shapes: B images, C classes, H W label grid, h w feature grid of G.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -74,6 +75,8 @@ class Hyper:
             if not condition:
                 raise ValueError(sentence)
 
+        numbers = [v for v in vars(self).values() if isinstance(v, int | float)]
+        require(all(map(math.isfinite, (*numbers, *self.scales))), "every number must be finite")
         require(self.steps >= 1 and self.batch >= 1, "steps and batch must be at least 1")
         require(
             self.method == "source" or 0 <= self.adv_start < self.steps,

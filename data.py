@@ -98,6 +98,8 @@ def _open(path: Path) -> Image.Image:
             # Pillow would keep the high byte of 16-bit RGB; SYNTHIA's class is in the low one.
             image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
             image.info["bits"] = 16
+        if getattr(image, "is_animated", False):
+            raise ValueError("an animation of several images")
         image.load()
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: restore the file or the link to it") from error
@@ -276,7 +278,7 @@ def _open_folder(folder, role, split, size, labels) -> DataSet:
     names, _ = read_classes(folder / "classes.json")
     where = folder / "images" / split
     found = where.rglob("*")
-    images = [p for p in found if p.suffix.lower() in SUFFIXES and p.is_file()]
+    images = [p for p in found if p.suffix.lower() in SUFFIXES and not p.is_dir()]
 
     def label_of(image: Path) -> Path:
         return (folder / "labels" / split / image.relative_to(where)).with_suffix(".png")

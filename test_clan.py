@@ -19,13 +19,17 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import types
+import zlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -40,6 +44,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import bench
 import clan
 import data
 import eval as evaluation
@@ -3906,3 +3911,646 @@ def test_slow_vgg16_loads_torchvisions_weights_and_adapts(tmp_path, two_threads)
     loss.backward()
     assert loss.isfinite() and clan.d_step(D, predictions)[0].isfinite()
     assert all(p.grad.isfinite().all() for p in G.parameters())
+
+
+# Trust: what happens when things break.
+
+
+def cli(*flags: str, **options) -> subprocess.Popen:
+    """train.py as a process of its own, on one thread."""
+    command = [sys.executable, str(HERE / "train.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes | options)
+
+
+def spoil(path: Path, how: str) -> None:
+    """What a power cut or a bad disk leaves of a checkpoint."""
+    content = bytearray(path.read_bytes())
+    if how == "bit":
+        content[-100] ^= 1
+    path.write_bytes({"empty": b"", "half": content[: len(content) // 2]}.get(how, content))
+
+
+@pytest.mark.parametrize("how", ("empty", "half", "bit"))
+def test_train_resume_passes_over_a_damaged_checkpoint_and_says_so(few, tmp_path, capsys, how):
+    whole, cut = run(tmp_path / "whole"), run(tmp_path / "cut")
+    spoil(cut / "step_0000008.safetensors", how)
+    capsys.readouterr()
+    train.main(["--resume", "--out", str(cut), *SMALL])
+    shown = capsys.readouterr().out
+    assert "passed over, now step_0000008.safetensors.damaged" in shown
+    assert f"going on from {cut / 'step_0000004.safetensors'}" in shown
+    assert "checksum" in shown or how != "bit"
+    assert_equal(last_tensors(cut), last_tensors(whole))
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_train_resume_without_a_whole_checkpoint_is_refused(few, tmp_path):
+    out = run(tmp_path / "run")
+    for path in out.glob("step_*"):
+        spoil(path, "half")
+    assert "no checkpoint of" in run_error("--resume", str(out))
+
+
+@pytest.mark.parametrize("how", ("empty", "half", "bit"))
+def test_models_damaged_weights_are_refused(finished, tmp_path, how):
+    path = shutil.copy(finished / "step_0000008.safetensors", tmp_path)
+    spoil(Path(path), how)
+    with pytest.raises(ValueError, match=r"step_0000008.safetensors: .*damaged"):
+        models.load_weights(models.Generator("tiny"), path)
+
+
+def test_train_two_runs_in_one_folder_are_refused(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LOCK_WAIT", 0.1)
+    with train.owned(tmp_path):
+        assert f"is in use by process {os.getpid()} on" in run_error(*SMALL, "--out", str(tmp_path))
+    assert not [p for p in tmp_path.iterdir() if p.name[0] != "."]
+    run(tmp_path)  # free again
+
+
+def test_train_a_lock_ends_with_its_process(tmp_path):
+    hold = "import sys, time, pathlib, train\nwith train.owned(pathlib.Path(sys.argv[1])):"
+    hold += "\n    print('held', flush=True)\n    time.sleep(60)"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    process.kill()
+    process.wait()
+    with train.owned(tmp_path):
+        assert str(os.getpid()) in (tmp_path / ".owner").read_text()
+
+
+@pytest.mark.parametrize("limit", (1_000, 400_000))
+def test_train_a_full_disk_ends_the_run_with_a_sentence(tmp_path, limit):
+    """A limit on the size of files stands for the disk: not even a checkpoint fits."""
+    resource = pytest.importorskip("resource")
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    flags = [*SMALL, "--steps", "2", "--adv-start", "1", "--out", str(tmp_path)]
+    process = cli(*flags, preexec_fn=limited)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 1 and "Traceback" not in output
+    assert "could not be written" in output and "make room" in output
+    assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.tmp"))
+
+
+def breaks(monkeypatch, where: str, step: int) -> None:
+    """A NaN in a weight before, or in a gradient or the images at, the step after `step`."""
+    g_step = clan.g_step
+
+    def poisoned(G, D, batch, now, hyper):
+        weight = G.C1.branches[0].weight
+        if now == step and where == "weight":
+            weight.data[0, 0, 0, 0] = math.nan
+        if now == step and where == "image":
+            images = models.normalize(batch.source, G.lineage)
+            images[0, 0, 0, 0] = math.nan
+            batch = batch._replace(source=images)
+        result = g_step(G, D, batch, now, hyper)
+        if now == step and where == "gradient":
+            weight.register_hook(lambda gradient: gradient * math.nan)
+        return result
+
+    monkeypatch.setattr(clan, "g_step", poisoned)
+
+
+@pytest.mark.parametrize(
+    ("where", "term"), (("weight", "seg"), ("image", "seg"), ("gradient", "grad"))
+)
+def test_train_a_nan_is_named_with_its_step_and_term(few, tmp_path, monkeypatch, where, term):
+    breaks(monkeypatch, where, 5)
+    error = run_error(*SMALL, "--out", str(tmp_path), "--log-every", "100")
+    assert f"{term} is not finite at step 6: " in error
+    assert f"the last good checkpoint is {tmp_path / 'step_0000004.safetensors'}" in error
+    assert all(v.isfinite().all() for v in last_tensors(tmp_path).values())
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    (
+        (0.9999, 0.0001, "tells the domains apart"),
+        (0.9999, 0.9999, "one answer"),
+        (0.0001, 0.0001, "one answer"),
+        (0.99, 0.1, None),
+        (0.5, 0.5, None),
+    ),
+)
+def test_train_warns_once_of_a_d_that_is_stuck(tmp_path, source, target, words):
+    output = io.StringIO()
+    console = Console(file=output, width=400)
+    log = train.Log(tmp_path / "metrics.jsonl", 0, Hyper(steps=2000), 100_000, console)
+    for step in range(1, 3 * train.STUCK):
+        log.watch(step, {"d_source": source, "d_target": target})
+        if step == train.STUCK - 1:
+            assert not output.getvalue()
+    shown = output.getvalue()
+    assert shown.count("warning: ") == (words is not None)
+    if words:
+        assert words in shown and "try a smaller --lr-d" in shown and f"{train.STUCK}" in shown
+
+
+def test_train_a_short_doubt_of_d_starts_the_count_anew(tmp_path):
+    output = io.StringIO()
+    log = train.Log(tmp_path / "m", 0, Hyper(steps=9), 9, Console(file=output))
+    for step in range(3 * train.STUCK):
+        sure = (step + 1) % train.STUCK > 0
+        log.watch(step, {"d_source": 1.0 if sure else 0.9, "d_target": 0.0})
+    assert not output.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", (1, 4))
+def test_train_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, workers):
+    """kill -9, SIGTERM and Ctrl-C in turns; now and then the newest checkpoint loses its end."""
+    flags = "--src-size 32 64 --tgt-size 32 64 --steps 300 --adv-start 150 --batch 1 --device cpu"
+    flags = f"{flags} --log-every 5 --save-every 10 --d-channels 4 --workers {workers}".split()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli(*flags, "--out", str(whole), stdout=subprocess.DEVNULL).wait(300) == 0
+    rng, kills = np.random.default_rng(workers), 10
+    numbers = itertools.cycle((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+    for number in itertools.islice(numbers, kills):
+        resume = ["--resume"] if list(parts.glob("step_*.safetensors")) else []
+        process = cli(*flags, *resume, "--out", str(parts), stdout=subprocess.DEVNULL)
+        time.sleep(2 + 3 * rng.random())  # half of it is the start of Python and the workers
+        process.send_signal(number)
+        assert process.wait(60) in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 0, 130)
+        saved = sorted(parts.glob("step_*.safetensors"))
+        if number == signal.SIGKILL and len(saved) > 1 and rng.random() < 0.7:
+            spoil(saved[-1], "half")
+    resume = ["--resume"] if list(parts.glob("step_*.safetensors")) else []
+    process = cli(*flags, *resume, "--out", str(parts))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    last = "step_0000300.safetensors"
+    assert_equal(load_file(parts / last), load_file(whole / last))
+    for name in ("metrics.jsonl", train.BEFORE):
+        if name == "metrics.jsonl":
+            assert (parts / name).read_bytes() == (whole / name).read_bytes()
+        else:
+            assert_equal(load_file(parts / name), load_file(whole / name))
+
+
+# Many processes.
+
+
+def torchrun(*flags: str, restarts: int = 0, **options) -> subprocess.Popen:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", "2", "--max-restarts", str(restarts), str(HERE / "train.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launch, *flags], env=environment, **pipes | options)
+
+
+def test_train_two_processes_take_the_step_of_one_with_twice_the_batch(tmp_path):
+    """Same weights and score but for the order of sums: BatchNorm uses its running statistics."""
+    flags = "--src-size 32 64 --tgt-size 32 64 --steps 6 --adv-start 3 --d-channels 4 --device cpu"
+    flags = f"{flags} --batchnorm running --log-every 1 --lr-g 0.001".split()
+    one, two = tmp_path / "one", tmp_path / "two"
+    process = torchrun(*flags, "--batch", "1", "--out", str(two))
+    train.main([*flags, "--batch", "2", "--out", str(one)])
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    a, b = last_tensors(one), last_tensors(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6, msg=name)
+    for ours, theirs in zip(metrics(one), metrics(two), strict=True):
+        for term in {"grad", "d_grad", "weight"} & ours.keys():  # the others are rank 0's own
+            assert ours[term] == pytest.approx(theirs[term], rel=1e-3)
+    scores = [json.loads((out / "eval.json").read_text()) for out in (one, two)]
+    assert scores[0]["miou"] == pytest.approx(scores[1]["miou"], abs=0.02)
+    assert scores[0]["images"] == scores[1]["images"] == 250
+    assert output.count("│ mIoU") == 1  # rank 0 alone speaks
+
+
+def test_eval_shards_add_up_to_the_whole_matrix(few, finished, monkeypatch):
+    """Each of three processes sees its own images, and what they add is the matrix of all."""
+    G, _ = evaluation.load_generator(finished / "step_0000008.safetensors", say=lambda _: None)
+    target = data.open_dataset("streets", "target", "val", size=(32, 64))
+    table = np.arange(256, dtype=np.uint8)
+    whole = evaluation.evaluate(G, target, table)
+    seen, shards = [], []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: shards.append(x.clone()))
+    for rank in range(3):
+        monkeypatch.setattr(evaluation, "ranks", lambda rank=rank: (rank, 3))
+        evaluation.evaluate(G, target, table, save=lambda i, _: seen.append(i))
+    assert sorted(seen) == list(range(len(target))) and torch.equal(sum(shards), whole)
+
+
+@pytest.mark.slow
+def test_train_a_killed_rank_ends_the_job_or_is_brought_back_to_the_same_weights(tmp_path):
+    flags = "--src-size 32 64 --tgt-size 32 64 --steps 300 --adv-start 150 --d-channels 4 --batch 1"
+    flags = f"{flags} --device cpu --save-every 10 --log-every 5".split()
+    outs = {name: tmp_path / name for name in ("whole", "killed", "restarted")}
+    assert torchrun(*flags, "--out", str(outs["whole"]), stdout=subprocess.DEVNULL).wait(300) == 0
+    for name, restarts in (("killed", 0), ("restarted", 2)):
+        process = torchrun(*flags, "--out", str(outs[name]), restarts=restarts)
+        while not list(outs[name].glob("step_*.safetensors")):
+            time.sleep(0.05)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        output = process.communicate(timeout=300)[0]
+        if restarts:
+            assert process.returncode == 0, output
+            assert_equal(last_tensors(outs[name]), last_tensors(outs["whole"]))
+        else:
+            assert process.returncode != 0 and "Traceback" not in output.split("torch/")[0]
+            assert len(re.findall(r"^error: ", output, re.MULTILINE)) <= 1
+            assert "Signal 9 (SIGKILL)" in output
+            train.main(["--resume", str(outs[name])])  # one process can go on alone
+
+
+# What grows, and what must not be reached.
+
+
+@pytest.mark.slow
+def test_train_a_long_run_keeps_its_memory_and_its_files(tmp_path):
+    """2,000 steps with ten evaluations: memory and open files flat, the log in proportion."""
+    script = f"""
+import json, os, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, train, bench
+torch.set_num_threads(1)
+seen = []
+score = train.Run.score
+def watched(run, network):
+    result = score(run, network)
+    seen.append((bench.resident("VmRSS"), len(os.listdir("/proc/self/fd"))))
+    return result
+train.Run.score = watched
+train.main(sys.argv[1:])
+print("SEEN", json.dumps(seen))
+"""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    flags = "--src-size 32 64 --tgt-size 32 64 --steps 2000 --adv-start 20 --batch 1 --device cpu"
+    flags = f"{flags} --d-channels 4 --eval-every 200 --save-every 100 --log-every 10".split()
+    command = [sys.executable, "-c", script, *flags, "--out", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=500).stdout
+    seen = json.loads(output.split("SEEN ")[1])
+    memory, files = np.array(seen[3:10], dtype=float).T
+    steps = 200 * np.arange(len(memory))
+    slope = np.polyfit(steps, memory, 1)[0]
+    print(f"resident memory grows by {slope:.0f} bytes a step, {files[0]:.0f} open files")
+    assert slope < 10_000 and files.max() == files.min()
+    assert len(metrics(tmp_path)) == 200 + 1 + 9
+
+
+def test_train_and_eval_work_without_a_network(few, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+
+    def refused(*arguments, **options):
+        raise AssertionError("a socket was opened")
+
+    for name in ("connect", "connect_ex", "bind", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    out = run(tmp_path / "run")
+    evaluation.main([str(out), "--device", "cpu"])
+    images = tmp_path / "photos"
+    images.mkdir()
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(images / "a.png")
+    evaluation.main(["predict", str(out), "--images", str(images), "--out", str(tmp_path / "m")])
+    with pytest.raises(AssertionError, match="socket"):  # the one thing that needs it
+        models.load_weights(models.Generator("r101", lineage="torchvision"), "imagenet")
+
+
+# Bad input: the answer is one sentence that names it, an exit code, and nothing written.
+
+
+def png_bytes(pixels, mode: str | None = None, kind: str = "PNG", **options) -> bytes:
+    image = Image.fromarray(pixels)
+    output = io.BytesIO()
+    (image.convert(mode) if mode else image).save(output, kind, **options)
+    return output.getvalue()
+
+
+def damaged_files(good: bytes) -> dict[str, bytes]:
+    """What is no image any more, whatever was to be read from it."""
+    size = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+    huge = good[:16] + size + good[24:29]
+    huge += struct.pack(">I", zlib.crc32(good[12:16] + size + good[24:29])) + good[33:]
+    middle = len(good) // 2
+    return {
+        "empty": b"",
+        "one byte": good[:1],
+        "text": b"not an image\n",
+        "html": b"<!DOCTYPE html><html>404 Not Found</html>",
+        "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "zeros": bytes(len(good)),
+        "noise": np.random.default_rng(0).bytes(len(good)),
+        "signature alone": good[:8],
+        "header alone": good[:33],
+        "first half": good[:middle],
+        "another checksum": good[:45] + bytes([good[45] ^ 255]) + good[46:],
+        "a hole": good[: middle - 8] + bytes(16) + good[middle + 8 :],
+        "zip": b"PK\x03\x04" + good,
+        "pickle": pickle.dumps({"a": 1}),
+        "json": b'{"names": []}',
+        "a size of 2^31": huge,
+        "no width": good[:16] + bytes(4) + good[20:],
+    }
+
+
+def strange_labels(ids: np.ndarray) -> dict[str, bytes]:
+    """Images that are whole, but no label of this data set."""
+    rgb = np.stack([ids] * 3, axis=2)
+    frames = [Image.fromarray(ids), Image.fromarray(ids + 1)]
+    animated = io.BytesIO()
+    frames[0].save(animated, "PNG", save_all=True, append_images=frames[1:])
+    return {
+        "RGB": png_bytes(rgb),
+        "RGBA": png_bytes(rgb, "RGBA"),
+        "grey with alpha": png_bytes(ids, "LA"),
+        "1 bit": png_bytes(ids > 7, "1"),
+        "16 bit grey": png_bytes(ids.astype(np.uint16)),
+        "CMYK": png_bytes(rgb, "CMYK", "JPEG"),
+        "float": png_bytes(ids.astype(np.float32), None, "TIFF"),
+        "animated": animated.getvalue(),
+        "another size": png_bytes(ids[:20]),
+        "turned": png_bytes(np.ascontiguousarray(ids.T)),
+        "one pixel": png_bytes(ids[:1, :1]),
+        "ids outside the map": png_bytes(ids + 100),
+        "one wrong pixel": png_bytes(np.where(np.arange(ids.size).reshape(ids.shape), ids, 222)),
+    }
+
+
+def small_set(name: str, root: Path) -> tuple[Path, Path]:
+    """A data set of two pairs; returns the image and the label that will be spoilt."""
+    ids = np.full((32, 48), 7 if name in ("gta5", "cityscapes") else 1, np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
+    places = {
+        "gta5": ("images/{}.png", "labels/{}.png"),
+        "synthia": ("RGB/{}.png", "GT/LABELS/{}.png"),
+        "cityscapes": (
+            "leftImg8bit/train/a/a_{}_leftImg8bit.png",
+            "gtFine/train/a/a_{}_gtFine_labelIds.png",
+        ),
+        "folder": ("images/train/{}.png", "labels/train/{}.png"),
+    }[name]
+    for i in range(2):
+        for place, pixels in zip(places, (image, ids), strict=True):
+            path = root / place.format(i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+        if name == "synthia":
+            write_png16(path, np.stack([ids] * 3, axis=2).astype(np.uint16))
+    if name == "folder":
+        (root / "classes.json").write_text('{"names": ["road", "sky"], "ignore": [255]}')
+    return tuple(root / place.format(0) for place in places)
+
+
+def complaint(program, argv: list, capsys) -> str:
+    """What a program says of bad input; it must end with a code and show no traceback."""
+    code = None
+    try:
+        code = program([str(part) for part in argv])
+    except SystemExit as ended:
+        code = ended.code
+    shown = capsys.readouterr()
+    said = shown.out + shown.err + (code if isinstance(code, str) else "")
+    assert code not in (None, 0), f"{argv} was taken without a word"
+    assert "Traceback" not in said
+    return " ".join(said.split())
+
+
+REMEDY = re.compile(
+    r"\b(use|replace|restore|convert|check|write|give|take|choose|drop|build|fetch|name|put|save|"
+    r"add|expected|must|argument|refused)\b"
+)
+
+
+@pytest.mark.parametrize("part", ("image", "label"))
+@pytest.mark.parametrize("name", ("gta5", "synthia", "cityscapes", "folder"))
+def test_bad_input_every_damaged_or_strange_file_is_named(tmp_path, capsys, name, part):
+    """30 or 17 files a data set and part, 188 in all."""
+    root = tmp_path / "set"
+    image, label = small_set(name, root)
+    assert data.main([name, "--dir", str(root)]) == 0, capsys.readouterr().out
+    path = image if part == "image" else label
+    cases = damaged_files(path.read_bytes())
+    if part == "label":
+        cases |= strange_labels(np.asarray(Image.open(label).convert("L")))
+    for case, content in cases.items():
+        path.write_bytes(content)
+        said = complaint(data.main, [name, "--dir", root], capsys)
+        assert path.name in said and "1 of 2 pairs are wrong" in said, case
+        assert REMEDY.search(said), (case, said)
+        assert path.read_bytes() == content, case
+    tried.setdefault("files of data sets", []).extend(cases)
+
+
+tried: dict[str, list] = {}
+
+
+@pytest.mark.parametrize("part", ("image", "label"))
+@pytest.mark.parametrize("name", ("gta5", "synthia", "cityscapes", "folder"))
+def test_bad_input_missing_and_looping_files_are_named(tmp_path, capsys, name, part):
+    root = tmp_path / "set"
+    image, label = small_set(name, root)
+    path = image if part == "image" else label
+    for make in (
+        lambda: path.symlink_to(tmp_path / "nowhere"),
+        lambda: path.symlink_to(path),
+        lambda: None if part == "image" and name != "folder" else path.mkdir(),
+    ):
+        path.unlink() if path.is_symlink() or path.is_file() else path.rmdir()
+        make()
+        if not path.is_symlink() and part == "image":
+            continue  # an image that is not there is no image
+        assert path.name in complaint(data.main, [name, "--dir", root], capsys)
+
+
+def test_bad_input_photographs_of_every_mode_are_read_or_refused(tmp_path):
+    """CMYK, 1-bit, alpha and turned photographs are photographs; 16 bits a colour are not."""
+    rgb = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    for mode, kind in (("RGBA", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("P", "PNG")):
+        (tmp_path / "x.png").write_bytes(png_bytes(rgb, mode, kind))
+        assert data.read_image(tmp_path / "x.png").shape == (30, 40, 3)
+    (tmp_path / "x.jpg").write_bytes(png_bytes(rgb, "CMYK", "JPEG"))
+    assert data.read_image(tmp_path / "x.jpg").shape == (30, 40, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    (tmp_path / "x.jpg").write_bytes(png_bytes(rgb, None, "JPEG", exif=exif))
+    assert data.read_image(tmp_path / "x.jpg").shape == (40, 30, 3)
+    (tmp_path / "x.png").write_bytes(png_bytes(rgb[..., 0].astype(np.uint16)))
+    with pytest.raises(ValueError, match=r"x.png has 16 bits"):
+        data.read_image(tmp_path / "x.png")
+
+
+def test_bad_input_names_of_any_alphabet_and_length_work(tmp_path, capsys):
+    root = tmp_path / "straße 街 🚗"
+    image, label = small_set("folder", root)
+    for stem in ("straße 街 🚗", "a" * 240, "-rf", "a;b", "a'b\"c", "[red]a", "%s{0}"):
+        image = image.rename(image.with_name(f"{stem}.png"))
+        label = label.rename(label.with_name(f"{stem}.png"))
+        assert data.main(["folder", "--dir", str(root)]) == 0
+        content = label.read_bytes()
+        label.write_bytes(b"")
+        assert "".join(stem.split()) in "".join(
+            complaint(data.main, ["folder", "--dir", root], capsys).split()
+        )
+        label.write_bytes(content)
+
+
+CLASS_FILES = (
+    *("", "{", "[]", "null", "3", '"names"', "{}", '{"names": []}', '{"names": null}'),
+    *('{"names": "road"}', '{"names": [1]}', '{"names": [null]}', '{"names": ["a", "a"]}'),
+    *('{"names": ["a"], "ignore": 3}', '{"names": ["a"], "ignore": ["b"]}', '{"name": ["a"]}'),
+    *('{"names": ["a"], "ignore": [0]}', '{"names": ["a"], "ignore": [256]}'),
+    *('{"names": ["a"], "ignore": [-1]}', '{"names": ["a"], "colours": []}', '{"names": {}}'),
+    *('{"names": [["a"]]}', '{"names": ["a"], "ignore": [1.5]}', "\ufeff{", "NaN", "\0"),
+    json.dumps({"names": [str(i) for i in range(255)]}),
+)
+
+
+def test_bad_input_class_files(tmp_path, capsys):
+    root = tmp_path / "set"
+    small_set("folder", root)
+    for content in CLASS_FILES:
+        data.read_classes.cache_clear()
+        (root / "classes.json").write_text(content)
+        said = complaint(data.main, ["folder", "--dir", root], capsys)
+        assert "classes.json is not a class list" in said and REMEDY.search(said), content
+    (root / "classes.json").write_bytes(b"\xff\xfe\x00")
+    data.read_classes.cache_clear()
+    assert "classes.json is not a class list" in complaint(
+        data.main, ["folder", "--dir", root], capsys
+    )
+    data.read_classes.cache_clear()
+
+
+def wrong_weights(folder: Path, good: Path) -> list[Path]:
+    """Files that are no weights of a tiny G; those with code would leave a trace in `folder`."""
+    tensors = {k: v for k, v in load_file(good).items() if k.startswith("G.")}
+    first, content = min(tensors), good.read_bytes()
+    few_tensors = dict(list(tensors.items())[:5])
+    (folder / "extra").mkdir()
+    states = {
+        "missing": few_tensors,
+        "extra": tensors | {f"G.E.more.{i}": torch.zeros(1) for i in range(99)},
+        "reshaped": {k: v.reshape(1, *v.shape) for k, v in tensors.items()},
+        "nan": tensors | {first: torch.full_like(tensors[first], math.nan)},
+        "inf": tensors | {first: torch.full_like(tensors[first], math.inf)},
+        "other": {f"G.E.layer{i}.weight": torch.zeros(3) for i in range(99)},
+        "d only": {"D.conv1.weight": torch.zeros(3)},
+        "nothing": {},
+    }
+    files = {
+        **{name: content[:n] for name, n in (("empty", 0), ("short", 4), ("cut", 5000))},
+        "text": b"weights",
+        "header": struct.pack("<Q", 2**62) + b"{" + bytes(99),
+        "json": struct.pack("<Q", 9) + b"{broken!!" + bytes(9),
+        "offsets": struct.pack("<Q", 64)
+        + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,999]}}'.ljust(64),
+    }
+    paths = []
+    for name, state in states.items():
+        paths.append(folder / f"{name}.safetensors")
+        save_file(state, paths[-1])
+    for name, raw in files.items():
+        for suffix in (".safetensors", ".pth"):
+            paths.append(folder / f"{name}{suffix}")
+            paths[-1].write_bytes(raw)
+    pickles = {
+        "code": {"E.weight": RunsCode(folder / "trace")},
+        "nested": {"state": {"E.weight": RunsCode(folder / "trace")}},
+        "list": [torch.zeros(3)],
+        "number": 3,
+        "strings": {"a": "b"},
+        "numbers": {1: torch.zeros(3)},
+    }
+    for name, value in pickles.items():
+        for zipped in (True, False):
+            paths.append(folder / f"{name}{'-zip' if zipped else ''}.pth")
+            torch.save(value, paths[-1], _use_new_zipfile_serialization=zipped)
+    return [*paths, folder / "absent.pth", folder / "absent.safetensors", folder / "extra"]
+
+
+class RunsCode:
+    """A pickle of this creates a file when it is loaded without care."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bad_input_weights(few, finished, tmp_path, capsys):
+    """Every wrong file to each of the three that take weights: --init, --resume and eval.py."""
+    folder, out = tmp_path / "weights", tmp_path / "out"
+    folder.mkdir()
+    count = 0
+    for path in wrong_weights(folder, finished / "step_0000008.safetensors"):
+        before = path.read_bytes() if path.is_file() else None
+        for program, argv in (
+            (train.main, [*SMALL, "--init", path, "--out", out]),
+            (train.main, ["--resume", path]),
+            (evaluation.main, [path, "--src", "streets", "--tgt", "streets", "--backbone", "tiny"]),
+        ):
+            said = complaint(program, argv, capsys)
+            assert path.name in said and REMEDY.search(said), (argv, said)
+            assert not (folder / "trace").exists(), f"{path} ran its code"
+            count += 1
+        assert before is None or path.read_bytes() == before
+    assert count == 3 * 37 and not list(out.glob("*.safetensors"))
+
+
+def nonsense() -> list[tuple]:
+    """Command lines that cannot be meant: each field of train.py with values of no sense."""
+    cases = []
+    for cls in (train.Settings, Hyper):
+        for field in fields(cls):
+            kind = type(field.default)
+            if kind in (int, float):
+                cases += [(train.main, [f"{train.flag_of(field.name)}={v}"]) for v in ("x", "nan")]
+            if kind is float:
+                cases += [(train.main, [f"{train.flag_of(field.name)}=1e999"])]
+            if kind is float and field.name != "weight_offset":
+                cases += [(train.main, [f"{train.flag_of(field.name)}=-1"])]
+    lines = {
+        train.main: (
+            "--src nowhere|--tgt gta5|--backbone r50|--method dann|--recipe mine|--seed -1|"
+            "--steps 0|--steps -5|--batch 0|--adv-start 9999|--adv-start -1|--log-every 0|"
+            "--save-every 0|--keep 0|--eval-every -1|--workers -2|--device tpu|--device cuda:99|"
+            "--amp fp16|--compile yes|--lineage nobody|--init imagenet|--init nowhere.pth|"
+            "--lamda 3|--scales 1 2|--scale-probs 1 1|--scales 0|--scales -1|--src-size 64|--src-size 1 2 3|"
+            "--tgt-size 0 0|--tgt-size 8 8|--src-dir x|--tgt-dir x|--shift 2 2|--shift -1 0|"
+            "--method source --lambda-adv 1|--method tan --eps 1|--src gta5 --data nowhere|"
+            "--src synthia --data nowhere|--src folder|--src folder --src-dir nowhere|"
+            "--src gta5 --tgt streets --shift 0 0 --data nowhere|--resume nowhere|extra|--|"
+            "--out /dev/null/run|--momentum 1|--mirror 2|--jitter 2|--warmup 2|--adaptive-start 2|"
+            "--beta1-d 1|--d-channels 0|--compile on --device cpu|--method tan --detach-m|--help-me"
+        ),
+        evaluation.main: (
+            "nowhere|--src|nowhere --split|predict|predict nowhere|. --src mars --tgt streets|"
+            "predict nowhere --images x --out y|. --tgt-size 1|. --workers x|. --backbone r50"
+        ),
+        data.main: (
+            "|mars|gta5 --data nowhere|synthia --dir nowhere|cityscapes --split dusk --dir .|"
+            "streets --split test|folder|gta5 --split val --dir .|streets --role teacher"
+        ),
+        bench.main: "|fly|step --device tpu|step --sizes 1 2|loader --frames nowhere|eval --count x",  # noqa: E501
+        study.main: "|fly|table --seeds|table --seeds x|table --methods dann|table --steps -1",
+    }
+    return cases + [(program, x.split()) for program, v in lines.items() for x in v.split("|")]
+
+
+def test_bad_input_command_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "loop", lambda *a: pytest.fail("a step was taken"))
+    cases = nonsense()
+    for program, argv in cases:
+        if "--" in argv:
+            continue
+        said = complaint(program, argv, capsys)
+        assert REMEDY.search(said), (argv, said)
+    assert len(cases) > 200
+    left = [p for p in tmp_path.rglob("*") if p.is_file() and p.name[0] != "."]
+    assert not left, f"nonsense left files behind: {left}"

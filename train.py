@@ -54,6 +54,9 @@ Target = Literal["cityscapes", "streets", "folder", "auto"]  # those with a spli
 Backbone = Literal["r101", "vgg16", "tiny", "lite0", "auto"]
 
 
+LEAST = {"log_every": 1, "save_every": 1, "keep": 1, "eval_every": 0, "workers": -1, "seed": 0}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run is, apart from the algorithm (clan.Hyper)."""
@@ -82,11 +85,9 @@ class Settings:
     keep: int = 3  # checkpoints kept
 
     def __post_init__(self):
-        for name, least in (("log_every", 1), ("save_every", 1), ("keep", 1), ("eval_every", 0)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{flag_of(name)} must be at least {least}")
-        if self.seed < 0:
-            raise ValueError("--seed must not be negative")
         for side in ("src", "tgt"):
             if getattr(self, side) == "streets" and getattr(self, f"{side}_dir"):
                 raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
