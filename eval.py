@@ -43,7 +43,7 @@ def confusion_matrix(
     """
     if pred.shape != label.shape:
         raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
-    label = label.long()
+    label = label.int()  # enough for the bins, and half the memory
     counted = (label >= 0) & (label < num_classes)
     # The pixels that do not count go to one bin more, so that no size depends on the data.
     bins = torch.where(counted, label * num_classes + pred, num_classes**2)
@@ -87,17 +87,31 @@ def machine(device: torch.device) -> str:
 def predict(G, images: torch.Tensor, sizes, amp: bool = False) -> list[torch.Tensor]:
     """Train ids (uint8 H W) of B 3 h w uint8 images, each at its own full size of `sizes`.
 
-    The logits are up-sampled before the argmax (Section 4.2), image by image to bound the memory.
+    The logits are up-sampled before the argmax (Section 4.2).
     """
     G.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         logits_1, logits_2 = G(images)
     logits = logits_1.float() + logits_2.float()  # B C h w
-    up = (
-        F.interpolate(one[None], size=tuple(size), mode="bilinear", align_corners=True)
-        for one, size in zip(logits, sizes, strict=True)
-    )
-    return [x[0].argmax(dim=0).to(torch.uint8) for x in up]
+    return [best_class(one, size) for one, size in zip(logits, sizes, strict=True)]
+
+
+def best_class(logits: torch.Tensor, size) -> torch.Tensor:
+    """The arg-max over classes of C h w logits up-sampled to size H W, as uint8 H W.
+
+    Class by class: two planes of that size in memory instead of C, and a third of the time.
+    """
+    best = pred = None
+    for c, plane in enumerate(logits):
+        up = F.interpolate(plane[None, None], tuple(size), mode="bilinear", align_corners=True)[
+            0, 0
+        ]
+        if pred is None:
+            best, pred = up, torch.zeros_like(up, dtype=torch.uint8)
+        else:
+            pred.masked_fill_(up > best, c)
+            torch.maximum(best, up, out=best)
+    return pred
 
 
 def ranks() -> tuple[int, int]:

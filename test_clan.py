@@ -4520,7 +4520,8 @@ def nonsense() -> list[tuple]:
             "--steps 0|--steps -5|--batch 0|--adv-start 9999|--adv-start -1|--log-every 0|"
             "--save-every 0|--keep 0|--eval-every -1|--workers -2|--device tpu|--device cuda:99|"
             "--amp fp16|--compile yes|--lineage nobody|--init imagenet|--init nowhere.pth|"
-            "--lamda 3|--scales 1 2|--scale-probs 1 1|--scales 0|--scales -1|--src-size 64|--src-size 1 2 3|"
+            "--lamda 3|--scales 1 2|--scale-probs 1 1|--scales 0|--scales -1|--src-size 64|"
+            "--src-size 1 2 3|"
             "--tgt-size 0 0|--tgt-size 8 8|--src-dir x|--tgt-dir x|--shift 2 2|--shift -1 0|"
             "--method source --lambda-adv 1|--method tan --eps 1|--src gta5 --data nowhere|"
             "--src synthia --data nowhere|--src folder|--src folder --src-dir nowhere|"
@@ -4554,3 +4555,102 @@ def test_bad_input_command_lines(tmp_path, monkeypatch, capsys):
     assert len(cases) > 200
     left = [p for p in tmp_path.rglob("*") if p.is_file() and p.name[0] != "."]
     assert not left, f"nonsense left files behind: {left}"
+
+
+# Properties: what holds for every input.
+
+shapes = st.tuples(st.integers(1, 3), st.integers(2, 6), st.integers(1, 5), st.integers(1, 5))
+PROPERTY = settings(max_examples=60, deadline=None)
+
+
+def drawn(shape, seed: int, count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+@PROPERTY
+@given(shape=shapes, seed=st.integers(0, 10**6), gamma=st.sampled_from((0.0, 2.0)))
+def test_property_segmentation_loss_knows_no_order(shape, seed, gamma):
+    """Of classes (renamed in the labels too), of images, of left and right."""
+    b, c, h, w = shape
+    (logits,) = drawn(shape, seed, 1)
+    labels = torch.from_numpy(np.random.default_rng(seed).integers(0, c, (b, h, w)))
+    labels[0, 0, 0] = 255
+    loss = segmentation_loss(logits, labels, gamma=gamma)
+    order = torch.randperm(c, generator=torch.Generator().manual_seed(seed))
+    renamed = torch.where(labels == 255, 255, order.argsort()[labels.clamp(max=c - 1)])
+    images = torch.arange(b).flip(0)
+    for other in (
+        segmentation_loss(logits[:, order], renamed, gamma=gamma),
+        segmentation_loss(logits[images], labels[images], gamma=gamma),
+        segmentation_loss(logits.flip(-1), labels.flip(-1), gamma=gamma),
+    ):
+        torch.testing.assert_close(other, loss)
+    assert loss >= 0
+
+
+@PROPERTY
+@given(shape=shapes, seed=st.integers(0, 10**6))
+def test_property_the_discrepancy_map_knows_no_order_of_classes_and_follows_that_of_pixels(
+    shape, seed
+):
+    p1, p2 = (x.softmax(1) for x in drawn(shape, seed, 2))
+    m = discrepancy_map(p1, p2)
+    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(discrepancy_map(p1[:, order], p2[:, order]), m)
+    torch.testing.assert_close(discrepancy_map(p2, p1), m)
+    for turn in (lambda x: x.flip(0), lambda x: x.flip(-1)):
+        torch.testing.assert_close(discrepancy_map(turn(p1), turn(p2)), turn(m))
+    assert m.min() >= 0 and m.max() <= 1
+
+
+@PROPERTY
+@given(shape=shapes, seed=st.integers(0, 10**6), source=st.booleans(), more=st.floats(0, 100))
+def test_property_the_adversarial_loss_grows_with_every_weight(shape, seed, source, more):
+    b, _, h, w = shape
+    d_logits, weight = drawn((b, 1, h, w), seed, 2)
+    weight = weight.abs()
+    loss = adversarial_loss(d_logits, source, weight)
+    heavier = weight.clone()
+    heavier[-1, 0, -1, -1] += more
+    assert adversarial_loss(d_logits, source, heavier) >= loss >= 0
+    torch.testing.assert_close(adversarial_loss(d_logits, source, 3 * weight), 3 * loss)
+    torch.testing.assert_close(
+        adversarial_loss(d_logits.flip(0, -1), source, weight.flip(0, -1)), loss
+    )
+    torch.testing.assert_close(adversarial_loss(-d_logits, not source, weight), loss)
+
+
+@PROPERTY
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 40), scale=st.floats(1e-3, 1e3))
+def test_property_the_weight_discrepancy_knows_no_order_and_no_scale(seed, size, scale):
+    w1, w2 = drawn((size,), seed, 2)
+    cosine = weight_discrepancy([w1], [w2])
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(weight_discrepancy([w1[order]], [w2[order]]), cosine)
+    torch.testing.assert_close(weight_discrepancy([w2], [w1]), cosine)
+    torch.testing.assert_close(weight_discrepancy([scale * w1], [w2]), cosine)
+    torch.testing.assert_close(weight_discrepancy([-w1], [w2]), -cosine)
+    assert -1 <= cosine <= 1
+
+
+@PROPERTY
+@given(seed=st.integers(0, 10**6), classes=st.integers(1, 20), pixels=st.integers(1, 200))
+def test_property_confusion_matrices_add_and_iou_is_a_share(seed, classes, pixels):
+    rng = np.random.default_rng(seed)
+    pred = torch.from_numpy(rng.integers(0, classes, pixels))
+    label = torch.from_numpy(rng.integers(0, classes + 2, pixels))
+    label[label == classes + 1] = 255
+    whole, cut = evaluation.confusion_matrix(pred, label, classes), pixels // 3
+    first = evaluation.confusion_matrix(pred[:cut], label[:cut], classes)
+    second = evaluation.confusion_matrix(pred[cut:], label[cut:], classes, total=first)
+    assert torch.equal(second, whole) and whole.sum() == (label < classes).sum()
+    scores = evaluation.iou(whole)
+    known = scores[~scores.isnan()]
+    assert ((known >= 0) & (known <= 1)).all()
+    order = torch.from_numpy(rng.permutation(classes))
+    inverse = torch.cat([order.argsort(), torch.arange(classes, 256)])
+    renamed = evaluation.confusion_matrix(inverse[pred], inverse[label], classes)
+    torch.testing.assert_close(evaluation.iou(renamed), scores[order], equal_nan=True)
+    perfect = evaluation.iou(evaluation.confusion_matrix(pred, pred, classes))
+    assert (perfect[~perfect.isnan()] == 1).all()

@@ -10,6 +10,7 @@ metrics.jsonl, the last checkpoints, and at the end eval.json and result.png.
 
 import argparse
 import contextlib
+import ctypes
 import inspect
 import itertools
 import json
@@ -539,6 +540,8 @@ def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console:
     torch.manual_seed(settings.seed)
     device = evaluation.join_processes(evaluation.find_device(settings.device))
     rank, world = evaluation.ranks()
+    if device.type == "cpu":
+        keep_freed_memory()
     if settings.compile == "on" and device.type == "cpu":  # seen with torch 2.13: right losses, but
         # the gradient of the segmentation loss was 0 for the focal form
         raise ValueError("--compile on loses gradients on a CPU with torch 2.13: drop it")
@@ -569,6 +572,17 @@ def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console:
         unpack(read_checkpoint(resume)[0], G, D, opt_g, opt_d)
     parts = (settings, hyper, device, amp, workers, source, target, val, table)
     return Run(*parts, G, D, opt_g, opt_d, rank, world)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc, where it is the C library, keep the memory of a step for the next one.
+
+    It would give large blocks back to the system, and every step pay for their pages anew.
+    """
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: its largest value
+        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def open_all(settings: Settings):
