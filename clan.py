@@ -75,8 +75,10 @@ class Hyper:
             if not condition:
                 raise ValueError(sentence)
 
-        numbers = [v for v in vars(self).values() if isinstance(v, int | float)]
-        require(all(map(math.isfinite, (*numbers, *self.scales))), "every number must be finite")
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                finite = isinstance(number, str) or math.isfinite(number)
+                require(finite, f"{name} must be finite, not {number}")
         require(self.steps >= 1 and self.batch >= 1, "steps and batch must be at least 1")
         require(
             self.method == "source" or 0 <= self.adv_start < self.steps,
@@ -88,11 +90,13 @@ class Hyper:
             and min(self.scales) > 0
             and min(self.scale_probs) >= 0
             and abs(sum(self.scale_probs) - 1) < 1e-6,
-            f"scales {self.scales} need as many scale_probs, of sum 1, not {self.scale_probs}",
+            f"scales {self.scales} must be positive and need as many scale_probs, of sum 1, not "
+            f"{self.scale_probs}",
         )
         require(self.d_channels >= 1, "d_channels must be at least 1")
         require(
-            self.momentum < 1 and self.beta1_d < 1 and self.beta2_d < 1, "a momentum is below 1"
+            self.momentum < 1 and self.beta1_d < 1 and self.beta2_d < 1,
+            "momentum, beta1_d and beta2_d must be below 1",
         )
         for name in ("adaptive_start", "warmup", "mirror", "jitter"):
             require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1]")

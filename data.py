@@ -111,7 +111,7 @@ def _open(path: Path) -> Image.Image:
 def _header(path: Path) -> Image.Image:
     try:
         return Image.open(path)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read ({error}): replace this file") from error
 
 

@@ -89,7 +89,12 @@ class Settings:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{flag_of(name)} must be at least {least}")
+        if not all(0 <= x <= 1 for x in self.shift):
+            raise ValueError(f"--shift {self.shift[0]} {self.shift[1]} must lie in [0, 1], both")
         for side in ("src", "tgt"):
+            size = getattr(self, f"{side}_size")
+            if size and min(size) < 32:
+                raise ValueError(f"--{side}-size must be at least 32 32: D halves it five times")
             if getattr(self, side) == "streets" and getattr(self, f"{side}_dir"):
                 raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
         if self.tgt not in ("streets", "auto") and self.shift != (0.5, 0.5):
@@ -327,7 +332,10 @@ def to_disk(path: Path) -> None:
 @contextlib.contextmanager
 def owned(folder: Path):
     """Work in this folder alone. The lock ends with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made ({error}): choose another --out") from error
     lock, owner = filelock.FileLock(folder / ".lock"), folder / ".owner"
     try:
         lock.acquire(timeout=LOCK_WAIT)
