@@ -129,7 +129,12 @@ def join_processes(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # gloo beside nccl: what is agreed between processes must not make the device wait
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, world = next(torch.distributed.rendezvous("env://"))
+    # torch 2.13 leaves the addresses of killed processes in the store when torchrun starts anew
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.PrefixStore(attempt, store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device
 
 

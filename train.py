@@ -229,7 +229,8 @@ def newest_valid(folder: Path, say) -> Path:
             read_checkpoint(path)
             return path
         except ValueError as error:
-            path.rename(f"{path}.damaged")
+            if int(os.environ.get("RANK", 0)) == 0:  # of several processes one moves it
+                path.rename(f"{path}.damaged")
             say(f"passed over, now {path.name}.damaged: {error}", soft_wrap=True)
     raise ValueError(
         f"no checkpoint of {folder} is whole: begin anew with another --out, or restore one"
