@@ -148,6 +148,22 @@ def count_flops(case: Case, hyper: clan.Hyper, step: int) -> dict[str, int]:
     return parts | {"step": total}
 
 
+def saved_bytes(case: Case, hyper: clan.Hyper, step: int) -> int:
+    """What G's step keeps for its backward in float32; nothing is computed. bfloat16 halves it."""
+    case = replace(case, device="meta")
+    (G, D), storages = networks(case, hyper, step), {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, *_ = clan.g_step(G, D, noise(case, "meta"), step, hyper)
+    del loss
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of one large matrix product, the most that this device gives here."""
     n = 8192 if device.type == "cuda" else 2048
@@ -286,6 +302,8 @@ def bench_step(args, console: Console) -> dict:
     console.print(f"ceiling, one large matrix product in TFLOP/s: {products}")
     parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in result["gflop"].items())
     console.print(f"GFLOP of ours, adversarial: {parts}")
+    saved = saved_bytes(ours, hyper, hyper.steps - 1)
+    console.print(f"float32 keeps {saved / 1e9:.2f} GB of it for the backward")
     for name in list(cases)[1:]:
         console.print(
             f"a run's {hyper.steps} steps, seconds for each pair of images of a batch: plain "

@@ -102,10 +102,9 @@ def best_class(logits: torch.Tensor, size) -> torch.Tensor:
     Class by class: two planes of that size in memory instead of C, and a third of the time.
     """
     best = pred = None
-    for c, plane in enumerate(logits):
-        up = F.interpolate(plane[None, None], tuple(size), mode="bilinear", align_corners=True)[
-            0, 0
-        ]
+    for c in range(len(logits)):
+        plane = logits[None, c : c + 1]  # 1 1 h w
+        up = F.interpolate(plane, tuple(size), mode="bilinear", align_corners=True)[0, 0]
         if pred is None:
             best, pred = up, torch.zeros_like(up, dtype=torch.uint8)
         else:
