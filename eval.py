@@ -26,9 +26,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 
 import data
+from checkpoints import newest_checkpoint, read_metadata
 from models import Generator, load_weights
 
 
@@ -183,36 +183,7 @@ def scores(confusion: torch.Tensor, classes, scored) -> dict:
     return {"miou": float(np.mean(there)), "iou": absent_is_none}
 
 
-# Runs and checkpoints.
-
-
-def newest_checkpoint(path: Path) -> Path:
-    """The file itself, or the last checkpoint of a run folder."""
-    if path.is_file():
-        return path
-    found = sorted(path.glob("step_*.safetensors"))
-    if not found:
-        raise ValueError(f"{path} holds no checkpoint: name a run folder of train.py or a file")
-    return found[-1]
-
-
-KEYS = {"settings", "classes", "tgt_size", "step", "commit"}  # what train.py writes beside tensors
-
-
-def read_metadata(path: Path) -> dict:
-    """What train.py wrote into a checkpoint, by KEYS; {} for weights of other origin."""
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            if not found.keys() >= KEYS:
-                return {}
-            return {key: json.loads(found[key]) for key in KEYS}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is no readable checkpoint ({error}): use an older one of the run"
-        ) from error
+# Weights.
 
 
 def load_generator(path: Path, *, backbone="r101", lineage=None, classes=data.CLASSES, say=print):

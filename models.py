@@ -11,7 +11,6 @@ which strides and which normalisation, the first weights of a backbone were trai
 property of the weights, and the wrong one costs accuracy without any error.
 """
 
-import hashlib
 import importlib.util
 import json
 import pickle
@@ -22,8 +21,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from checkpoints import read_checkpoint
 
 # Lineages a backbone can be built for: the default first, the one of its ImageNet weights last.
 LINEAGES = {
@@ -483,36 +483,6 @@ def read_weights(path: Path, part: str) -> tuple[dict[str, Tensor], dict]:
         return tensors, json.loads(metadata.get("settings", "{}")) or {}
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: damaged settings ({error}); fetch or save it again") from error
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file and its metadata, compared with the checksum if it has one.
-
-    Raises ValueError for a file that is damaged in any way that can be seen.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: truncated or damaged ({error}); take an older checkpoint or fetch it again"
-        ) from error
-    if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
-        raise ValueError(
-            f"{path}: damaged, its tensors do not have the checksum they were written with; take "
-            "an older checkpoint or fetch it again"
-        )
-    return tensors, metadata
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

@@ -38,8 +38,9 @@ import clan
 import data
 import eval as evaluation
 import train
+from checkpoints import newest_checkpoint, read_checkpoint, read_metadata, save
 from losses import discrepancy_map
-from models import Discriminator, Generator, load_weights, read_checkpoint
+from models import Discriminator, Generator, load_weights
 
 # Classes that the paper's text calls infrequent and prone to negative transfer (Sections 4.3 and
 # 4.4; its tables show them in blue).
@@ -126,7 +127,7 @@ def finished(given: dict) -> dict | None:
     last = last_checkpoint(out)
     if last is None:
         return None
-    wanted, found = flat(given), evaluation.read_metadata(last)["settings"]
+    wanted, found = flat(given), read_metadata(last)["settings"]
     compared = wanted.keys() - (train.FREE - {"src_dir", "tgt_dir"})
     compared -= train.NOT_USED_BY.get(wanted["method"], set()) - {"d_channels"}
     changed = [k for k in sorted(compared) if wanted[k] != found.get(k)]
@@ -169,8 +170,8 @@ def adopt(donor: Path, given: dict) -> Path:
     start = donor / train.BEFORE
     if hyper.method == "source":
         return start
-    about = evaluation.read_metadata(start) | {"settings": flat(given)}
-    train.save(settings.out / train.BEFORE, read_checkpoint(start)[0], about)
+    about = read_metadata(start) | {"settings": flat(given)}
+    save(settings.out / train.BEFORE, read_checkpoint(start)[0], about)
     return settings.out / train.BEFORE
 
 
@@ -188,7 +189,7 @@ def run_cell(given: dict, donor: Path | None, threads: int | None) -> dict:
         result = train.train(settings, hyper, start, Console(file=file))
     result["seconds"] = time.monotonic() - since
     result["machine"] = evaluation.machine(evaluation.find_device(settings.device)) + " a run"
-    result["commit"] = evaluation.read_metadata(Path(result["checkpoint"]))["commit"]
+    result["commit"] = read_metadata(Path(result["checkpoint"]))["commit"]
     beside = out / f"{RESULT}.tmp"
     beside.write_text(json.dumps(result))
     beside.replace(out / RESULT)
@@ -509,7 +510,7 @@ def cluster_distance(G, source, target, table, count: int) -> torch.Tensor:
 def over_training(cells: dict[str, dict]) -> dict[str, dict[int, Path]]:
     """Checkpoints by method and step. Those of a shared warm-up lie with one of the runs."""
     own = {
-        method: {evaluation.read_metadata(p)["step"]: p for p in checkpoints(given["out"])}
+        method: {read_metadata(p)["step"]: p for p in checkpoints(given["out"])}
         for method, given in cells.items()
     }
     for method, given in cells.items():
@@ -674,7 +675,7 @@ def tsne(study: Study) -> None:
     figure = Figure(figsize=(4 * len(cells), 3.8), layout="constrained")
     axes = figure.subplots(1, len(cells), squeeze=False)[0]
     for ax, (method, given) in zip(axes, cells.items(), strict=True):
-        G = load(evaluation.newest_checkpoint(given["out"]), device_of(study))
+        G = load(newest_checkpoint(given["out"]), device_of(study))
         x, of = [], []
         for i, features, ids in labelled_features(G, val, table, min(study.images, 100)):
             picks = some_of_each(i, ids, wanted, 20)
@@ -700,8 +701,7 @@ def figure5(study: Study) -> None:
     source, val, table = open_target(next(iter(cells.values())))
     device = device_of(study)
     networks = {
-        LABELS[m]: load(evaluation.newest_checkpoint(given["out"]), device)
-        for m, given in cells.items()
+        LABELS[m]: load(newest_checkpoint(given["out"]), device) for m, given in cells.items()
     }
     figure = evaluation.draw(val, table, networks, device, source.classes, count=4)
     save_figure(study, figure, f"figure5-{study.task}", [r for g in results.values() for r in g])
@@ -728,7 +728,7 @@ def weightmap(study: Study) -> None:
     source, val, table = open_target(given)
     _, hyper = train.configure(given)
     _, image, label = next(spread_images(val, 1))
-    last = evaluation.newest_checkpoint(given["out"])
+    last = newest_checkpoint(given["out"])
     start = given["out"] / train.BEFORE
     if not start.exists():  # adversarial from the first step on
         start = checkpoints(given["out"])[0]
@@ -739,7 +739,7 @@ def weightmap(study: Study) -> None:
     palette = evaluation.palette_of(source.classes)
     left = {"target image": image.permute(1, 2, 0), "truth": palette[table[label.numpy()]]}
     for row, (name, pixels), path in zip(axes, left.items(), (start, last), strict=True):
-        step = evaluation.read_metadata(path)["step"]
+        step = read_metadata(path)["step"]
         p, m = ensemble_and_m(load(path, torch.device("cpu")), image, tuple(image.shape[-2:]))
         with torch.no_grad():
             answer = clan.domain_logits(D, p[None])[0, 0].sigmoid()
@@ -848,7 +848,7 @@ def disagreement(study: Study) -> None:
         source, val, table = open_target(cells[0])
         for when, path_of in (
             ("start", lambda out: out / train.BEFORE),
-            ("end", evaluation.newest_checkpoint),
+            ("end", newest_checkpoint),
         ):
             paths = [p for p in (path_of(given["out"]) for given in cells) if p.exists()]
             if not paths:  # adversarial from the first step on

@@ -45,6 +45,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bench
+import checkpoints
 import clan
 import data
 import eval as evaluation
@@ -2660,20 +2661,20 @@ def test_eval_the_table_shows_a_dash_where_a_score_is_missing():
 
 def test_eval_takes_the_newest_checkpoint_of_a_run(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint: name a run folder"):
-        evaluation.newest_checkpoint(tmp_path)
+        checkpoints.newest_checkpoint(tmp_path)
     for step in (900, 1000, 20):
         (tmp_path / f"step_{step:07d}.safetensors").touch()
     (tmp_path / "before_adaptation.safetensors").touch()
-    assert evaluation.newest_checkpoint(tmp_path).name == "step_0001000.safetensors"
+    assert checkpoints.newest_checkpoint(tmp_path).name == "step_0001000.safetensors"
     older = tmp_path / "step_0000020.safetensors"
-    assert evaluation.newest_checkpoint(older) == older
+    assert checkpoints.newest_checkpoint(older) == older
 
 
 def test_eval_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "step_0000001.safetensors"
     path.write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(ValueError, match=r"step_0000001.safetensors is no readable checkpoint"):
-        evaluation.read_metadata(path)
+        checkpoints.read_metadata(path)
     with pytest.raises(SystemExit, match=r"^error: .*no readable checkpoint"):
         evaluation.main([str(tmp_path)])
 
@@ -2774,7 +2775,7 @@ def run_error(*flags: str) -> str:
 
 
 def last_tensors(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(evaluation.newest_checkpoint(out))
+    return load_file(checkpoints.newest_checkpoint(out))
 
 
 def part(tensors: dict, prefix: str) -> dict:
@@ -2825,7 +2826,7 @@ def test_train_a_stopped_and_resumed_run_equals_one_that_was_not(
             run(parts, *flags)
     assert caught.value.code == 130
     assert f"stopped after step {step + 1}; go on" in capsys.readouterr().out
-    assert evaluation.newest_checkpoint(parts).name == f"step_{step + 1:07d}.safetensors"
+    assert checkpoints.newest_checkpoint(parts).name == f"step_{step + 1:07d}.safetensors"
     train.main(["--resume", str(parts)])
     assert_equal(last_tensors(parts), last_tensors(whole))
     assert (parts / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
@@ -2933,7 +2934,7 @@ def test_train_ctrl_c_in_another_process_saves_and_can_be_resumed(few, tmp_path)
     rest = child.stdout.read()
     assert child.wait(timeout=60) == 130, rest
     assert "go on with --resume" in rest
-    stopped = evaluation.read_metadata(evaluation.newest_checkpoint(tmp_path / "run"))["step"]
+    stopped = checkpoints.read_metadata(checkpoints.newest_checkpoint(tmp_path / "run"))["step"]
     assert 5 <= stopped < 40
     train.main(["--resume", str(tmp_path / "run")])
     assert_equal(last_tensors(tmp_path / "run"), last_tensors(whole))
@@ -2996,7 +2997,7 @@ def test_train_metrics_hold_every_term_at_every_due_step(finished):
 
 
 def test_train_a_checkpoint_says_how_it_was_made(finished):
-    meta = evaluation.read_metadata(finished / "step_0000008.safetensors")
+    meta = checkpoints.read_metadata(finished / "step_0000008.safetensors")
     assert meta["step"] == 8 and tuple(meta["classes"]) == data.CLASSES
     assert meta["tgt_size"] == [32, 64] and meta["commit"]
     names = {f.name for cls in (train.Settings, Hyper) for f in fields(cls)}
@@ -3138,7 +3139,7 @@ def test_train_resuming_accepts_the_same_flags_again_and_free_ones(few, tmp_path
             run(tmp_path / "a")
     run(tmp_path / "a", "--resume", str(tmp_path / "a"), "--workers", "0", "--keep", "1")
     assert len([*(tmp_path / "a").glob("step_*")]) == 1
-    assert evaluation.newest_checkpoint(tmp_path / "a").name == "step_0000008.safetensors"
+    assert checkpoints.newest_checkpoint(tmp_path / "a").name == "step_0000008.safetensors"
 
 
 def test_train_resume_alone_takes_the_newest_checkpoint_of_out(few, tmp_path, monkeypatch, capsys):
@@ -3189,25 +3190,25 @@ def test_train_a_loss_that_is_not_finite_ends_the_run_and_overwrites_nothing(
 
 def test_train_weights_that_are_not_finite_are_never_saved(tmp_path):
     path = tmp_path / "a.safetensors"
-    train.save(path, {"w": torch.ones(2)}, {"step": 1})
+    checkpoints.save(path, {"w": torch.ones(2)}, {"step": 1})
     before = path.read_bytes()
     with pytest.raises(FloatingPointError, match=r"w is not finite: .*was not written"):
-        train.save(path, {"w": torch.tensor([1.0, math.nan])}, {"step": 2})
+        checkpoints.save(path, {"w": torch.tensor([1.0, math.nan])}, {"step": 2})
     assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
 
 
 def test_train_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    train.save(path, {"w": torch.ones(2)}, {"step": 1})
+    checkpoints.save(path, {"w": torch.ones(2)}, {"step": 1})
     before = path.read_bytes()
 
     def full(tensors, where, metadata):
         Path(where).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match=r"could not be written .*No space left.*make room"):
-        train.save(path, {"w": torch.zeros(2)}, {"step": 2})
+        checkpoints.save(path, {"w": torch.zeros(2)}, {"step": 2})
     assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
 
 
@@ -3859,7 +3860,7 @@ def test_slow_source_training_on_streets_learns_and_adaptation_stays_sensible(
         monkeypatch.setitem(data.STREETS, (domain, "val"), (100_000, 60))
     source = tmp_path / "source"
     train.main(["--method", "source", "--steps", "500", "--out", str(source)])
-    G, _ = evaluation.load_generator(evaluation.newest_checkpoint(source))
+    G, _ = evaluation.load_generator(checkpoints.newest_checkpoint(source))
     val = data.open_dataset("streets", "source", "val")
     table = np.arange(256).astype(np.uint8)
     confusion = evaluation.evaluate(G, val, table)
@@ -3869,7 +3870,7 @@ def test_slow_source_training_on_streets_learns_and_adaptation_stays_sensible(
     assert constant < 0.05 and miou > constant + 0.25, (miou, constant)
 
     adapted = tmp_path / "clan"
-    flags = ["--init", str(evaluation.newest_checkpoint(source)), "--out", str(adapted)]
+    flags = ["--init", str(checkpoints.newest_checkpoint(source)), "--out", str(adapted)]
     train.main([*flags, "--steps", "200", "--adv-start", "1", "--lr-g", "0.005"])
     result = json.loads((adapted / "eval.json").read_text())
     assert all(math.isfinite(v) for line in metrics(adapted) for v in line.values())
@@ -3962,22 +3963,22 @@ def test_models_damaged_weights_are_refused(finished, tmp_path, how):
 
 
 def test_train_two_runs_in_one_folder_are_refused(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "LOCK_WAIT", 0.1)
-    with train.owned(tmp_path):
+    monkeypatch.setattr(checkpoints, "LOCK_WAIT", 0.1)
+    with checkpoints.owned(tmp_path):
         assert f"is in use by process {os.getpid()} on" in run_error(*SMALL, "--out", str(tmp_path))
     assert not [p for p in tmp_path.iterdir() if p.name[0] != "."]
     run(tmp_path)  # free again
 
 
 def test_train_a_lock_ends_with_its_process(tmp_path):
-    hold = "import sys, time, pathlib, train\nwith train.owned(pathlib.Path(sys.argv[1])):"
+    hold = "import sys, time, pathlib, checkpoints\nwith checkpoints.owned(pathlib.Path(sys.argv[1])):"
     hold += "\n    print('held', flush=True)\n    time.sleep(60)"
     command = [sys.executable, "-c", hold, str(tmp_path)]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     process.kill()
     process.wait()
-    with train.owned(tmp_path):
+    with checkpoints.owned(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".owner").read_text()
 
 

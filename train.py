@@ -16,10 +16,8 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -29,26 +27,26 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import filelock
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import clan
 import data
 import eval as evaluation
-from models import (
-    Discriminator,
-    Generator,
-    checksum,
-    lineage_for,
-    load_weights,
+from checkpoints import (
+    commit,
+    newest_checkpoint,
+    newest_valid,
+    owned,
+    pack,
     read_checkpoint,
-    set_batchnorm,
+    read_metadata,
+    save,
+    unpack,
 )
+from models import Discriminator, Generator, lineage_for, load_weights, set_batchnorm
 
 Source = Literal["gta5", "synthia", "cityscapes", "streets", "folder"]
 Target = Literal["cityscapes", "streets", "folder", "auto"]  # those with a split to score on
@@ -216,32 +214,11 @@ def refuse_idle_flags(given: dict) -> None:
         raise ValueError(f"--method {method} does not use {', '.join(idle)}: drop one of the two")
 
 
-def newest_valid(folder: Path, say) -> Path:
-    """The last checkpoint of a run folder that is whole; says which it passes over, and why.
-
-    Those get another ending, so that they are in nobody's way and not lost.
-    """
-    newest = evaluation.newest_checkpoint(folder)
-    if newest == folder:  # a file, named as such
-        return folder
-    for path in sorted(folder.glob("step_*.safetensors"), reverse=True):
-        try:
-            read_checkpoint(path)
-            return path
-        except ValueError as error:
-            if int(os.environ.get("RANK", 0)) == 0:  # of several processes one moves it
-                path.rename(f"{path}.damaged")
-            say(f"passed over, now {path.name}.damaged: {error}", soft_wrap=True)
-    raise ValueError(
-        f"no checkpoint of {folder} is whole: begin anew with another --out, or restore one"
-    )
-
-
 def resumed(given: dict, resume: Path, say) -> tuple[dict, Path]:
     """The flags of the run to go on with, and its checkpoint. A flag may not contradict it."""
     folder = configure(given)[0].out if resume == Path() else resume
     path = newest_valid(folder, say)
-    before = evaluation.read_metadata(path).get("settings")
+    before = read_metadata(path).get("settings")
     if before is None:
         raise ValueError(f"{path} is no checkpoint of train.py: use it with --init")
     before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items()}
@@ -258,112 +235,6 @@ def resumed(given: dict, resume: Path, say) -> tuple[dict, Path]:
     say(f"going on from {path}", soft_wrap=True)
     paths = {k: before[k] and Path(before[k]) for k in ("data", "src_dir", "tgt_dir", "out")}
     return before | paths | {"out": path.parent} | given, path
-
-
-# Checkpoints: one safetensors file, written beside and renamed into place.
-
-
-def pack(G, D, opt_g, opt_d) -> dict[str, torch.Tensor]:
-    """Everything that the next step depends on, as flat tensors."""
-    tensors = {}
-    for prefix, module in (("G", G), ("D", D)):
-        tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-    for prefix, optimizer in (("opt_g", opt_g), ("opt_d", opt_d)):
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {
-                f"{prefix}.{i}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)
-            }
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-def unpack(tensors: dict[str, torch.Tensor], G, D, opt_g, opt_d) -> None:
-    """The reverse of `pack`."""
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-    G.load_state_dict(part("G."))
-    D.load_state_dict(part("D."))
-    for prefix, optimizer in (("opt_g.", opt_g), ("opt_d.", opt_d)):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {}
-        for name, value in part(prefix).items():
-            i, key = name.split(".", 1)
-            like = parameters[int(i)]
-            if value.shape == like.shape:  # the fused optimizers need its memory format too
-                value = torch.empty_like(like).copy_(value)
-            state.setdefault(int(i), {})[key] = value
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
-    """Writes beside `path`, then renames: a reader sees the whole file or the one before it."""
-    wrong = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
-    if wrong:
-        raise FloatingPointError(f"{wrong[0]} is not finite: {path} was not written")
-    beside = path.with_suffix(".tmp")
-    text = {k: json.dumps(v, default=str) for k, v in metadata.items()}
-    text |= {"format": "pt", "checksum": checksum(tensors)}
-    try:
-        save_file(tensors, beside, metadata=text)
-        to_disk(beside)
-        beside.chmod(0o644)
-        beside.replace(path)
-        to_disk(path.parent)
-    except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be written ({error}): make room or choose another --out; the "
-            "checkpoints before it are intact"
-        ) from error
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
-    if path.is_dir() and os.name != "posix":
-        return  # only there can a folder be opened
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-@contextlib.contextmanager
-def owned(folder: Path):
-    """Work in this folder alone. The lock ends with its process, however that ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{folder} cannot be made ({error}): choose another --out") from error
-    lock, owner = filelock.FileLock(folder / ".lock"), folder / ".owner"
-    try:
-        lock.acquire(timeout=LOCK_WAIT)
-    except filelock.Timeout:
-        who = owner.read_text() if owner.exists() else "another process"
-        raise ValueError(
-            f"{folder} is in use by {who}: wait for it to end, or choose another --out"
-        ) from None
-    try:
-        owner.write_text(f"process {os.getpid()} on {platform.node()}")
-        yield
-        owner.unlink(missing_ok=True)
-    finally:
-        lock.release()
-
-
-LOCK_WAIT = 10  # seconds: a killed run's loaders notice within five, and hold its lock until then
-
-
-def commit() -> str:
-    """The commit of this code, "-dirty" if it was changed since, or "unknown" outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:  # no git on this machine
-        return "unknown"
-    return result.stdout.strip() or "unknown"
 
 
 # What the loop reports.
@@ -795,10 +666,10 @@ def finish(run: Run, console: Console) -> dict:
     title = f"IoU on {settings.tgt} val, %"
     console.print(evaluation.score_table(title, columns | {"paper": paper}))
 
-    path = evaluation.newest_checkpoint(out)  # the one that the loop has just written
+    path = newest_checkpoint(out)  # the one that the loop has just written
     result = columns["after"] | {
         "checkpoint": str(path),
-        "settings": evaluation.read_metadata(path)["settings"],
+        "settings": read_metadata(path)["settings"],
     }
     if "before" in columns:
         result["miou_before"] = columns["before"]["miou"]
@@ -815,7 +686,7 @@ def train(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: C
     out = settings.out
     if (not resume or resume.parent != out) and any(out.glob("*.safetensors")):
         raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
-    start = evaluation.read_metadata(resume)["step"] if resume else 0
+    start = read_metadata(resume)["step"] if resume else 0
     run = prepare(settings, hyper, resume, console)
     with owned(out) if run.rank == 0 else contextlib.nullcontext():
         for unfinished in out.glob("*.tmp") if run.rank == 0 else ():
