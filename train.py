@@ -361,9 +361,15 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM: once asks the loop to save and end, twice ends at once."""
+    """Ctrl-C or SIGTERM: once asks the loop to save and end, twice ends at once.
+
+    What arrives within `grace` seconds is one: torchrun passes a Ctrl-C on that came here already.
+    """
 
     asked = False
+
+    def __init__(self, grace: float = 0.0):
+        self.grace, self.since = grace, 0.0
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)
@@ -375,9 +381,11 @@ class Stop:
             signal.signal(number, handler)
 
     def ask(self, number, frame) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() - self.since >= self.grace:
             raise KeyboardInterrupt
-        self.asked = True
+        if self.asked:
+            return
+        self.asked, self.since = True, time.monotonic()
         print("stopping after this step; once more to stop at once", file=sys.stderr)
 
 
@@ -608,6 +616,7 @@ def loop(run: Run, start: int, log: Log, stop: Stop) -> None:
     d_step = torch.compile(clan.d_step) if compiled else clan.d_step
 
     if run.world > 1:
+        set_batchnorm(G, train_affine=hyper.bn_affine, batch_statistics=True)  # says what is learnt
         g_step, d_step = data_parallel(g_step, G), data_parallel(d_step, D)
 
     batches = data.checked(loader(run, start))
@@ -694,7 +703,7 @@ def train(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: C
         path = out / "metrics.jsonl" if run.rank == 0 else None
         log = Log(path, start, hyper, settings.log_every, console)
         try:
-            with log.bar, Stop() as stop:
+            with log.bar, Stop(grace=2.0 if run.world > 1 else 0.0) as stop:
                 loop(run, start, log, stop)
         except FloatingPointError as error:
             saved = sorted(out.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
