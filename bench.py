@@ -1,15 +1,16 @@
 """How fast it is, measured: ratios within one run, against a plain version of the same step.
 
     python bench.py step                                  # a step of python train.py, on the CPU
-    python bench.py step --backbone r101 --device cuda --sizes 720 1280 512 1024
+    python bench.py step --backbone r101 --device cuda --amp --sizes 720 1280 512 1024
     python bench.py loader                                # decoding of GTA5, SYNTHIA, Cityscapes
     python bench.py eval                                  # scoring of Cityscapes-sized predictions
     python bench.py growth                                # time and memory against what grows
 
-Plain is what the released code does: eager float32, contiguous memory, one image of each domain a
-step, and every loss read with .item() at once. Ours is the step of train.py. Times are medians over
-at least 20 steps after a warm-up, with quartiles; memory is that of tensors on CUDA, and on a CPU
-the highest resident memory of a process of its own. With --json the last line is one JSON object.
+Plain computes the same losses the way the released code does: eager float32, contiguous memory, one
+image of each domain a step, plain optimizers, every loss read with .item() at once. Ours is a step
+as train.py takes it, without its log. Times are medians over at least 20 steps after a warm-up, with
+quartiles; memory is that of tensors on CUDA, and on a CPU the highest resident memory of a process
+of its own. With --json the last line is one JSON object.
 """
 
 import argparse
@@ -65,14 +66,14 @@ class Subject:
         torch.manual_seed(0)
         self.case, self.hyper, self.device = case, hyper, torch.device(case.device)
         self.G, self.D = networks(case, hyper, step)
-        self.opt_g, self.opt_d = train.build_optimizers(self.G, self.D, hyper)
+        self.opt_g, self.opt_d = train.build_optimizers(self.G, self.D, hyper, not case.plain)
         self.steps = (clan.g_step, clan.d_step)
         if case.compiled:
             self.steps = tuple(torch.compile(f) for f in self.steps)
         self.batch = noise(case, self.device)
 
     def step(self, step: int) -> None:
-        """What the loop of train.py does with a batch that lies on the device."""
+        """What the loop of train.py computes from a batch that lies on the device."""
         g_step, d_step = self.steps
         with self.autocast():
             loss, terms, predictions = g_step(self.G, self.D, self.batch, step, self.hyper)
@@ -99,7 +100,7 @@ class Subject:
 
     def wait(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
 
 def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discriminator]:
@@ -112,12 +113,14 @@ def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discr
 
 
 def noise(case: Case, device) -> clan.Batch:
-    """A batch of the shapes of a case: uint8, channels last, as the loader gives it."""
+    """A batch of the shapes of a case: uint8, and but for plain channels last as of the loader."""
     h, w, t_h, t_w = case.sizes
     images, targets = (
         torch.randint(0, 256, (case.batch, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         for size in ((h, w), (t_h, t_w))
     )
+    if case.plain:
+        images, targets = images.contiguous(), targets.contiguous()
     labels = torch.randint(0, case.classes, (case.batch, h, w), dtype=torch.uint8)
     return clan.Batch(images.to(device), labels.to(device), targets.to(device), (t_h, t_w))
 
@@ -172,7 +175,7 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     def product():
         a @ b
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
 
     return 2 * n**3 / statistics.median(seconds(product, 10))
 
@@ -226,10 +229,10 @@ def peak_bytes(case: Case, hyper: clan.Hyper, step: int) -> int:
     """Memory of networks and three steps, over that of the interpreter and its libraries."""
     if case.device != "cpu":
         subject = Subject(case, hyper, step)
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(subject.device)
         for _ in range(3):
             subject.step(step)
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(subject.device)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(peak_here, (case, hyper, step, torch.get_num_threads()))
 
@@ -275,7 +278,7 @@ def bench_step(args, console: Console) -> dict:
             subject.wait()
         compiling = time.perf_counter() - start
         times = step_times(subjects, step, args.repeats)
-        del subjects
+        del subjects, subject
         title = f"{args.backbone}, {phase} step, sizes {args.sizes}"
         table = Table("", "images", "s a step", "quartiles", "ms an image", title=title)
         for name in ("GFLOP", "% of ceiling", "peak GB"):
@@ -486,7 +489,7 @@ def bench_eval(args, console: Console) -> dict:
         start = time.perf_counter()
         total = ours(total)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
         if i in (args.count // 10, args.count - 1):
             memory.append(resident("VmRSS"))
@@ -565,6 +568,8 @@ def time_shares(subject: Subject, step: int) -> dict[str, float]:
     cuda = subject.device.type == "cuda"
     spent = {"conv": 0.0, "upsample": 0.0, "": 0.0}
     for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel: its time stands at the operation that launched it
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
         spent[next(kind for kind in spent if kind in event.key)] += own
     return {kind: t / sum(spent.values()) for kind, t in spent.items()}

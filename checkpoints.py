@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import filelock
@@ -38,29 +40,36 @@ def pack(G, D, opt_g, opt_d) -> dict[str, torch.Tensor]:
 
 
 def unpack(tensors: dict[str, torch.Tensor], G, D, opt_g, opt_d) -> None:
-    """The reverse of `pack`."""
+    """The reverse of `pack`. Raises ValueError where a tensor has no place or no value."""
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-    G.load_state_dict(part("G."))
-    D.load_state_dict(part("D."))
+    try:
+        G.load_state_dict(part("G."))
+        D.load_state_dict(part("D."))
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())) from error
     for prefix, optimizer in (("opt_g.", opt_g), ("opt_d.", opt_d)):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state = {}
         for name, value in part(prefix).items():
             i, key = name.split(".", 1)
+            if int(i) >= len(parameters):
+                raise ValueError(f"{prefix}{name} belongs to no parameter")
             like = parameters[int(i)]
-            if value.shape == like.shape:  # the fused optimizers need its memory format too
+            if value.ndim and value.shape != like.shape:
+                raise ValueError(f"{prefix}{name} has the shape {tuple(value.shape)}")
+            if value.ndim:  # the fused optimizers need its memory format too
                 value = torch.empty_like(like).copy_(value)
             state.setdefault(int(i), {})[key] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    total = hashlib.sha256()
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of the metadata and of the tensors' names, types, shapes and bytes."""
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
@@ -77,7 +86,8 @@ def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         raise FloatingPointError(f"{wrong[0]} is not finite: {path} was not written")
     beside = path.with_suffix(".tmp")
     text = {k: json.dumps(v, default=str) for k, v in metadata.items()}
-    text |= {"format": "pt", "checksum": checksum(tensors)}
+    text |= {"format": "pt"}
+    text |= {"checksum": checksum(tensors, text)}
     try:
         save_file(tensors, beside, metadata=text)
         to_disk(beside)
@@ -103,6 +113,7 @@ def to_disk(path: Path) -> None:
         os.close(number)
 
 
+@lru_cache  # of the code that runs, not of what was checked out since
 def commit() -> str:
     """The commit of this code, "-dirty" if it was changed since, or "unknown" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -129,15 +140,19 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(
             f"{path}: truncated or damaged ({error}); take an older checkpoint or fetch it again"
         ) from error
-    if "checksum" in metadata and metadata["checksum"] != checksum(tensors):
+    theirs = metadata.pop("checksum", None)
+    ours = metadata.keys() >= KEYS  # a file of train.py has one
+    if (theirs or ours) and theirs != checksum(tensors, metadata):
         raise ValueError(
-            f"{path}: damaged, its tensors do not have the checksum they were written with; take "
+            f"{path}: damaged, it does not have the checksum it was written with; take "
             "an older checkpoint or fetch it again"
         )
     return tensors, metadata
 
 
-KEYS = {"settings", "classes", "tgt_size", "step", "commit"}  # what train.py writes beside tensors
+BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
+
+KEYS = {"settings", "classes", "tgt_size", "step", "world", "commit"}  # beside the tensors
 
 
 def read_metadata(path: Path) -> dict:
@@ -156,11 +171,16 @@ def read_metadata(path: Path) -> dict:
         ) from error
 
 
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first; that of adv_start before those of steps."""
+    return [*folder.glob(BEFORE), *sorted(folder.glob("step_*.safetensors"))]
+
+
 def newest_checkpoint(path: Path) -> Path:
     """The file itself, or the last checkpoint of a run folder."""
     if path.is_file():
         return path
-    found = sorted(path.glob("step_*.safetensors"))
+    found = saved(path)
     if not found:
         raise ValueError(f"{path} holds no checkpoint: name a run folder of train.py or a file")
     return found[-1]
@@ -174,7 +194,7 @@ def newest_valid(folder: Path, say) -> Path:
     newest = newest_checkpoint(folder)
     if newest == folder:  # a file, named as such
         return folder
-    for path in sorted(folder.glob("step_*.safetensors"), reverse=True):
+    for path in reversed(saved(folder)):
         try:
             read_checkpoint(path)
             return path
@@ -196,6 +216,7 @@ LOCK_WAIT = 10  # seconds: a killed run's loaders notice within five, and hold i
 @contextlib.contextmanager
 def owned(folder: Path):
     """Work in this folder alone. The lock ends with its process, however that ends."""
+    fresh = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -211,6 +232,8 @@ def owned(folder: Path):
     try:
         owner.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
-        owner.unlink(missing_ok=True)
     finally:
+        owner.unlink(missing_ok=True)
         lock.release()
+        if fresh and [path.name for path in folder.iterdir()] == [".lock"]:  # a refused run
+            shutil.rmtree(folder)

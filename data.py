@@ -12,6 +12,7 @@ Whatever is wrong with a file is a ValueError of one sentence that names file an
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -466,6 +467,12 @@ def _or_error(function, *args, **options):
         return function(*args, **options)
     except ValueError as error:
         return error
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM to the whole group are for the loop, which saves and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def checked(samples):

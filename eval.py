@@ -11,6 +11,7 @@ Shapes: B images, C classes, H W pixels. The last checkpoint of a run is its res
 """
 
 import argparse
+import atexit
 import json
 import os
 import platform
@@ -66,11 +67,20 @@ def find_device(name: str = "auto") -> torch.device:
     """cpu, cuda, cuda:1, or for "auto" the GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun each process has its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported: use cpu, cuda, cuda:1 or auto")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # what torch raises differs by its build
         first = str(error).splitlines()[0]
         raise ValueError(f"--device {name} is not to be had here ({first}): use cpu") from error
+
+
+def uses_bfloat16(amp: str, device: torch.device) -> bool:
+    """Whether a run with this --amp computes in bfloat16 on this device."""
+    return amp == "bf16" or (amp == "auto" and device.type == "cuda")
 
 
 def machine(device: torch.device) -> str:
@@ -120,12 +130,11 @@ def ranks() -> tuple[int, int]:
     return (group.get_rank(), group.get_world_size()) if there else (0, 1)
 
 
-def join_processes(device: torch.device) -> torch.device:
+def join_processes(device: torch.device) -> None:
     """Under torchrun, meet the other processes: each has its own GPU, or all share the CPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
+        return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # gloo beside nccl: what is agreed between processes must not make the device wait
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -134,7 +143,7 @@ def join_processes(device: torch.device) -> torch.device:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = torch.distributed.PrefixStore(attempt, store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return device
+    atexit.register(torch.distributed.destroy_process_group)
 
 
 def evaluate(
@@ -155,6 +164,7 @@ def evaluate(
         batch_size=batch,
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=data.ignore_signals,
         generator=torch.Generator(),  # its own: evaluation must not move the training's
     )
     for pairs in data.checked(loader):
@@ -328,11 +338,13 @@ def evaluate_main(args: argparse.Namespace) -> None:
         classes=source.classes,
         say=console.print,
     )
-    device = join_processes(find_device(args.device))
+    device = find_device(args.device)
+    join_processes(device)
     G = G.to(device, memory_format=torch.channels_last)
     table, _, _ = data.shared_classes(source, target)
     save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
-    confusion = evaluate(G, target, table, device=device, workers=args.workers, save=save)
+    amp = uses_bfloat16(settings.get("amp", "off"), device)  # as its training does
+    confusion = evaluate(G, target, table, device=device, amp=amp, workers=args.workers, save=save)
     if ranks()[0] > 0:  # one of several processes shows and writes
         return
     result = report(confusion, source, target)

@@ -17,6 +17,7 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -54,11 +55,16 @@ IMAGENET_URLS = {
 
 def normalize(images: Tensor, lineage: str) -> Tensor:
     """RGB images B 3 H W, uint8 -> float32 B 3 H W in the order and range of the lineage."""
-    order, mean, std = NORMALIZATION[lineage]
-    if order == "BGR":
+    if NORMALIZATION[lineage][0] == "BGR":
         images = images.flip(1)
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = mean_and_std(lineage, images.device)
     return (images.float() - mean) / std
+
+
+@lru_cache  # made once for a device: to copy them in each step would make the host wait for it
+def mean_and_std(lineage: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    _, mean, std = NORMALIZATION[lineage]
+    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
 
 
 def lineage_for(backbone: str, init: str | None) -> str:

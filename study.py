@@ -38,7 +38,15 @@ import clan
 import data
 import eval as evaluation
 import train
-from checkpoints import newest_checkpoint, read_checkpoint, read_metadata, save
+from checkpoints import (
+    BEFORE,
+    newest_checkpoint,
+    owned,
+    read_checkpoint,
+    read_metadata,
+    save,
+    saved,
+)
 from losses import discrepancy_map
 from models import Discriminator, Generator, load_weights
 
@@ -117,8 +125,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 def last_checkpoint(out: Path) -> Path | None:
     """Where a run would go on."""
-    before = [out / train.BEFORE] if (out / train.BEFORE).exists() else []
-    return [None, *before, *checkpoints(out)][-1]
+    return [None, *saved(out)][-1]
 
 
 def finished(given: dict) -> dict | None:
@@ -167,12 +174,12 @@ def adopt(donor: Path, given: dict) -> Path:
     lines = [line for line in metrics(donor) if "target_miou" not in line]
     lines = [line for line in lines if line["step"] <= hyper.adv_start]
     (settings.out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    start = donor / train.BEFORE
+    start = donor / BEFORE
     if hyper.method == "source":
         return start
     about = read_metadata(start) | {"settings": flat(given)}
-    save(settings.out / train.BEFORE, read_checkpoint(start)[0], about)
-    return settings.out / train.BEFORE
+    save(settings.out / BEFORE, read_checkpoint(start)[0], about)
+    return settings.out / BEFORE
 
 
 def run_cell(given: dict, donor: Path | None, threads: int | None) -> dict:
@@ -181,12 +188,12 @@ def run_cell(given: dict, donor: Path | None, threads: int | None) -> dict:
         torch.set_num_threads(threads)
     settings, hyper = train.configure(given)
     out, since = settings.out, time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    start = last_checkpoint(out)
-    if start is None and donor and (donor / train.BEFORE).exists():
-        start = adopt(donor, given)
-    with (out / "log.txt").open("a") as file, contextlib.redirect_stdout(file):
-        result = train.train(settings, hyper, start, Console(file=file))
+    with owned(out):
+        start = last_checkpoint(out)
+        if start is None and donor and (donor / BEFORE).exists():
+            start = adopt(donor, given)
+        with (out / "log.txt").open("a") as file, contextlib.redirect_stdout(file):
+            result = train.train(settings, hyper, start, Console(file=file))
     result["seconds"] = time.monotonic() - since
     result["machine"] = evaluation.machine(evaluation.find_device(settings.device)) + " a run"
     result["commit"] = read_metadata(Path(result["checkpoint"]))["commit"]
@@ -221,7 +228,7 @@ def choose_donors(cells: list[dict]) -> dict[str, Path]:
     """Whose warm-up to share, by what it depends on: a finished one, else one with checkpoints."""
     adapted = [given for given in cells if given.get("method") != "source"]  # the others keep none
     adapted.sort(key=lambda given: "keep" not in given)
-    adapted.sort(key=lambda given: not (given["out"] / train.BEFORE).exists())
+    adapted.sort(key=lambda given: not (given["out"] / BEFORE).exists())
     donors: dict[str, Path] = {}
     for given in adapted:
         donors.setdefault(warm_up(given), given["out"])
@@ -729,7 +736,7 @@ def weightmap(study: Study) -> None:
     _, hyper = train.configure(given)
     _, image, label = next(spread_images(val, 1))
     last = newest_checkpoint(given["out"])
-    start = given["out"] / train.BEFORE
+    start = given["out"] / BEFORE
     if not start.exists():  # adversarial from the first step on
         start = checkpoints(given["out"])[0]
     D = Discriminator(len(source.classes), hyper.d_channels)
@@ -847,7 +854,7 @@ def disagreement(study: Study) -> None:
     for name, cells in groups.items():
         source, val, table = open_target(cells[0])
         for when, path_of in (
-            ("start", lambda out: out / train.BEFORE),
+            ("start", lambda out: out / BEFORE),
             ("end", newest_checkpoint),
         ):
             paths = [p for p in (path_of(given["out"]) for given in cells) if p.exists()]

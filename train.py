@@ -36,6 +36,7 @@ import clan
 import data
 import eval as evaluation
 from checkpoints import (
+    BEFORE,
     commit,
     newest_checkpoint,
     newest_valid,
@@ -44,6 +45,8 @@ from checkpoints import (
     read_checkpoint,
     read_metadata,
     save,
+    saved,
+    to_disk,
     unpack,
 )
 from models import Discriminator, Generator, lineage_for, load_weights, set_batchnorm
@@ -222,6 +225,13 @@ def resumed(given: dict, resume: Path, say) -> tuple[dict, Path]:
     if before is None:
         raise ValueError(f"{path} is no checkpoint of train.py: use it with --init")
     before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items()}
+    known = {field.name for cls in (Settings, clan.Hyper) for field in fields(cls)}
+    if before.keys() ^ known:
+        names = ", ".join(sorted(before.keys() ^ known))
+        raise ValueError(
+            f"{path} was made by another version of this code ({names}): use commit "
+            f"{read_metadata(path)['commit']}, or its weights with --init"
+        )
     changed = [
         f"{flag_of(k)} {v} (was {before[k]})"
         for k, v in given.items()
@@ -231,6 +241,12 @@ def resumed(given: dict, resume: Path, say) -> tuple[dict, Path]:
         raise ValueError(
             f"{path} was made with other settings: drop {', '.join(changed)}, or start a new run "
             "with --out"
+        )
+    world, now = read_metadata(path)["world"], int(os.environ.get("WORLD_SIZE", 1))
+    if world != now:
+        raise ValueError(
+            f"{path} was made by {world} processes, which is part of its batch, not by {now}: "
+            f"use torchrun --nproc-per-node {world}, or start a new run with --out"
         )
     say(f"going on from {path}", soft_wrap=True)
     paths = {k: before[k] and Path(before[k]) for k in ("data", "src_dir", "tgt_dir", "out")}
@@ -276,6 +292,7 @@ class Log:
         kept = [line for line in lines if json.loads(line)["step"] <= start]
         beside = path.with_suffix(".tmp")
         beside.write_text("".join(line + "\n" for line in kept))
+        to_disk(beside)
         beside.replace(path)
         return path.open("a", buffering=1)
 
@@ -418,6 +435,9 @@ class Run:
 
     def score(self, network: Generator) -> dict:
         """IoU on the target's validation split."""
+        if self.world > 1:  # the running statistics that are saved, not each process's own
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         how = {"device": self.device, "amp": self.amp, "workers": self.workers}
         confusion = evaluation.evaluate(network, self.val, self.table, **how)
         return evaluation.report(confusion, self.source, self.val)
@@ -426,20 +446,22 @@ class Run:
 def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: Console) -> Run:
     """Data, networks and optimizers: from the seed and --init, or with resume from a checkpoint."""
     torch.manual_seed(settings.seed)
-    device = evaluation.join_processes(evaluation.find_device(settings.device))
+    device = evaluation.find_device(settings.device)
+    evaluation.join_processes(device)
     rank, world = evaluation.ranks()
     if device.type == "cpu":
         keep_freed_memory()
     if settings.compile == "on" and device.type == "cpu":  # seen with torch 2.13: right losses, but
         # the gradient of the segmentation loss was 0 for the focal form
         raise ValueError("--compile on loses gradients on a CPU with torch 2.13: drop it")
-    amp = settings.amp == "bf16" or (settings.amp == "auto" and device.type == "cuda")
+    amp = evaluation.uses_bfloat16(settings.amp, device)
     source, target, val = open_all(settings)
     table, _, left_out = data.shared_classes(source, val)
     workers = settings.workers
     if workers < 0:
         drawn = settings.src == settings.tgt == "streets"
-        workers = 0 if drawn else min(8, (os.cpu_count() or 1) // world)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine
+        workers = 0 if drawn else min(8, (os.cpu_count() or 1) // here)
 
     G = Generator(settings.backbone, len(source.classes), settings.lineage, hyper.head_std)
     D = Discriminator(len(source.classes), hyper.d_channels)
@@ -457,7 +479,10 @@ def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console:
     if left_out:
         console.print(f"not scored, on one side only: {', '.join(left_out)}", soft_wrap=True)
     if resume:
-        unpack(read_checkpoint(resume)[0], G, D, opt_g, opt_d)
+        try:
+            unpack(read_checkpoint(resume)[0], G, D, opt_g, opt_d)
+        except ValueError as error:
+            raise ValueError(f"{resume} does not fit: {error}; use an older one") from error
     parts = (settings, hyper, device, amp, workers, source, target, val, table)
     return Run(*parts, G, D, opt_g, opt_d, rank, world)
 
@@ -495,16 +520,16 @@ def open_all(settings: Settings):
     return source, target, val
 
 
-def build_optimizers(G, D, hyper: clan.Hyper):
+def build_optimizers(G, D, hyper: clan.Hyper, fused: bool = True):
     """SGD for E and, `head_lr` times as fast, the two heads; Adam for D. Rates: `set_rates`."""
     groups = [
         {"params": list(G.E.parameters())},
         {"params": [*G.C1.parameters(), *G.C2.parameters()]},
     ]
     decay_g, decay_d = hyper.weight_decay_g, hyper.weight_decay_d
-    opt_g = torch.optim.SGD(groups, hyper.lr_g, hyper.momentum, weight_decay=decay_g, fused=True)
+    opt_g = torch.optim.SGD(groups, hyper.lr_g, hyper.momentum, weight_decay=decay_g, fused=fused)
     betas = (hyper.beta1_d, hyper.beta2_d)
-    opt_d = torch.optim.Adam(D.parameters(), hyper.lr_d, betas, weight_decay=decay_d, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), hyper.lr_d, betas, weight_decay=decay_d, fused=fused)
     return opt_g, opt_d
 
 
@@ -533,15 +558,9 @@ def loader(run: Run, start: int) -> torch.utils.data.DataLoader:
         sampler=range(start, run.hyper.steps),
         generator=torch.Generator(),  # its own: a resumed run must not move the networks' one
         num_workers=run.workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=data.ignore_signals,
         pin_memory=run.device.type == "cuda",
     )
-
-
-def ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM to the whole group are for the loop, which saves and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_device(batch: clan.Batch, device) -> clan.Batch:
@@ -589,9 +608,6 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
-
-
 def checkpoint(run: Run, log: Log, step: int, name: str | None = None) -> None:
     """Save everything, but no weights of a loss that was not finite; then drop the oldest."""
     log.read(wait=True)
@@ -600,6 +616,7 @@ def checkpoint(run: Run, log: Log, step: int, name: str | None = None) -> None:
     log.save()
     about = {"classes": run.source.classes, "tgt_size": run.target.size, "commit": commit()}
     about |= {"settings": asdict(run.settings) | asdict(run.hyper), "step": step}
+    about |= {"world": run.world}
     tensors = pack(run.G, run.D, run.opt_g, run.opt_d)
     save(run.out / (name or f"step_{step:07d}.safetensors"), tensors, about)
     for old in sorted(run.out.glob("step_*.safetensors"))[: -run.settings.keep]:
@@ -647,13 +664,13 @@ def loop(run: Run, start: int, log: Log, stop: Stop) -> None:
         log.add(done, terms, images=run.world * hyper.batch * (1 if predictions is None else 2))
         stopping = any_rank(stop.asked)
         adapts_next = done == hyper.adv_start and hyper.method != "source"
-        if adapts_next:
-            checkpoint(run, log, done, BEFORE)
         due = settings.eval_every and done % settings.eval_every == 0 and done < hyper.steps
         if adapts_next or due:
             miou = run.score(G)["miou"]
             log.record({"step": done, "target_miou": miou})
             log.bar.console.print(f"step {done}: target mIoU {100 * miou:.1f}")
+        if adapts_next:  # after its score, which a run that goes on from here must have
+            checkpoint(run, log, done, BEFORE)
         if done % settings.save_every == 0 or done == hyper.steps or stopping:
             checkpoint(run, log, done)
         if stopping and done < hyper.steps:
@@ -693,34 +710,47 @@ def finish(run: Run, console: Console) -> dict:
 def train(settings: Settings, hyper: clan.Hyper, resume: Path | None, console: Console) -> dict:
     """One run, from its first step or from a checkpoint, to its score (as in eval.json)."""
     out = settings.out
-    if (not resume or resume.parent != out) and any(out.glob("*.safetensors")):
+    if (not resume or resume.parent != out) and saved(out):
         raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
     start = read_metadata(resume)["step"] if resume else 0
     run = prepare(settings, hyper, resume, console)
-    with owned(out) if run.rank == 0 else contextlib.nullcontext():
-        for unfinished in out.glob("*.tmp") if run.rank == 0 else ():
+    path = out / "metrics.jsonl" if run.rank == 0 else None
+    if path:
+        out.mkdir(parents=True, exist_ok=True)
+        for unfinished in (*out.glob("step_*.tmp"), *out.glob("before_*.tmp")):
             unfinished.unlink()
-        path = out / "metrics.jsonl" if run.rank == 0 else None
-        log = Log(path, start, hyper, settings.log_every, console)
-        try:
-            with log.bar, Stop(grace=2.0 if run.world > 1 else 0.0) as stop:
-                loop(run, start, log, stop)
-        except FloatingPointError as error:
-            saved = sorted(out.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
-            last = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved before"
-            raise FloatingPointError(
-                f"{error}; {last}; try a smaller --lr-g or --amp off"
-            ) from error
-        return finish(run, console)
+    log = Log(path, start, hyper, settings.log_every, console)
+    try:
+        with log.bar, Stop(grace=2.0 if run.world > 1 else 0.0) as stop:
+            loop(run, start, log, stop)
+    except FloatingPointError as error:
+        good = sorted(saved(out), key=lambda p: p.stat().st_mtime)
+        last = f"the last good checkpoint is {good[-1]}" if good else "none was saved before"
+        raise FloatingPointError(f"{error}; {last}; try a smaller --lr-g or --amp off") from error
+    return finish(run, console)
+
+
+def owner(given: dict, resume: Path | None):
+    """The lock of the folder that a run will write to; of several processes the first has it."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return contextlib.nullcontext()
+    if resume in (None, Path()) or "out" in given:
+        return owned(configure(given)[0].out)
+    if not resume.exists():
+        raise ValueError(f"{resume} does not exist: give a run folder or a checkpoint to --resume")
+    return owned(resume.parent if resume.is_file() else resume)
 
 
 def restarted(given: dict, resume: Path | None) -> Path | None:
-    """What to go on from after torchrun --max-restarts has started this process again."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if not again:
+    """What to go on from after torchrun --max-restarts has started this process again: what it has
+    saved since, or else what it was given."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
         return resume
-    folder = configure(given)[0].out if resume in (None, Path()) else resume
-    return folder if any(folder.glob("step_*.safetensors")) else None
+    if resume in (None, Path()) or "out" in given:
+        folder = configure(given)[0].out
+    else:
+        folder = resume if resume.is_dir() else resume.parent
+    return folder if saved(folder) else resume
 
 
 def main(argv=None) -> None:
@@ -729,11 +759,12 @@ def main(argv=None) -> None:
     console = Console(quiet=rank > 0)
     try:
         refuse_idle_flags(given)
-        resume = restarted(given, resume)
-        if resume is not None:
-            given, resume = resumed(given, resume, console.print)
-        settings, hyper = configure(given)
-        train(settings, hyper, resume, console)
+        with owner(given, resume):
+            resume = restarted(given, resume)
+            if resume is not None:
+                given, resume = resumed(given, resume, console.print)
+            settings, hyper = configure(given)
+            train(settings, hyper, resume, console)
     except Stopped as stopped:
         console.print(str(stopped), soft_wrap=True, highlight=False)
         sys.exit(130)
