@@ -8,7 +8,7 @@
 
 Plain computes the same losses the way the released code does: eager float32, contiguous memory, one
 image of each domain a step, plain optimizers, every loss read with .item() at once. Ours is a step
-as train.py takes it, without its log. Times are medians over at least 20 steps after a warm-up, with
+as train.py takes it, without its log. Times are medians of at least 20 steps after a warm-up, with
 quartiles; memory is that of tensors on CUDA, and on a CPU the highest resident memory of a process
 of its own. With --json the last line is one JSON object.
 """

@@ -4234,6 +4234,33 @@ def test_train_two_processes_take_the_step_of_one_with_twice_the_batch(tmp_path)
     assert output.count("│ mIoU") == 1  # rank 0 alone speaks
 
 
+@pytest.mark.slow
+def test_train_two_processes_score_the_weights_that_they_save(tmp_path):
+    """Each has running statistics of its own until they are made those of rank 0."""
+    flags = "--src-size 32 64 --tgt-size 32 64 --steps 40 --adv-start 20 --d-channels 4 --batch 1"
+    flags = f"{flags} --device cpu --batchnorm batch --out".split()
+    process = torchrun(*flags, str(tmp_path))
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    scores = json.loads((tmp_path / "eval.json").read_text())["iou"]
+    evaluation.main([str(tmp_path), "--device", "cpu"])
+    assert json.loads((tmp_path / "eval.json").read_text())["iou"] == scores
+
+
+def test_train_a_restart_goes_on_from_what_was_saved_or_given(finished, tmp_path, monkeypatch):
+    file = finished / "step_0000004.safetensors"
+    given = {"out": tmp_path / "new"}
+    for resume in (None, file, finished):
+        assert train.restarted(given, resume) is resume  # a first start
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.restarted({}, file) == finished and train.restarted({}, finished) == finished
+    for resume in (None, file):  # nothing is in the new folder yet
+        assert train.restarted(given, resume) is resume
+    shutil.copytree(finished, tmp_path / "new")
+    for resume in (None, file):
+        assert train.restarted(given, resume) == tmp_path / "new"
+
+
 def test_eval_shards_add_up_to_the_whole_matrix(few, finished, monkeypatch):
     """Each of three processes sees its own images, and what they add is the matrix of all."""
     G, _ = evaluation.load_generator(finished / "step_0000008.safetensors", say=lambda _: None)
