@@ -280,7 +280,7 @@ def bench_step(args, console: Console) -> dict:
         times = step_times(subjects, step, args.repeats)
         del subjects, subject
         title = f"{args.backbone}, {phase} step, sizes {args.sizes}"
-        table = Table("", "images", "s a step", "quartiles", "ms an image", title=title)
+        table = Table("", "images", "s a step", "quartiles", "images/s", title=title)
         for name in ("GFLOP", "% of ceiling", "peak GB"):
             table.add_column(name, justify="right")
         domains = 2 if phase == "adversarial" else 1
@@ -292,7 +292,7 @@ def bench_step(args, console: Console) -> dict:
             run[name] += count * median / case.batch
             table.add_row(
                 *(name, str(images), f"{median:.4f}", f"{low:.4f} to {high:.4f}"),
-                *(f"{1000 * median / images:.1f}", f"{flops['step'] / 1e9:.0f}"),
+                *(f"{images / median:.1f}", f"{flops['step'] / 1e9:.0f}"),
                 *(f"{100 * share:.0f}", f"{peak / 1e9:.2f}"),
             )
             if phase == "adversarial" and name == "ours":

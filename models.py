@@ -17,7 +17,6 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -53,18 +52,21 @@ IMAGENET_URLS = {
 }
 
 
-def normalize(images: Tensor, lineage: str) -> Tensor:
-    """RGB images B 3 H W, uint8 -> float32 B 3 H W in the order and range of the lineage."""
+def normalize(images: Tensor, lineage: str, constants=None) -> Tensor:
+    """RGB images B 3 H W, uint8 -> float32 B 3 H W in the order and range of the lineage.
+
+    `constants`: `mean_and_std(lineage)` on the images' device, where to copy them costs a wait.
+    """
     if NORMALIZATION[lineage][0] == "BGR":
         images = images.flip(1)
-    mean, std = mean_and_std(lineage, images.device)
+    mean, std = constants or (x.to(images.device) for x in mean_and_std(lineage))
     return (images.float() - mean) / std
 
 
-@lru_cache  # made once for a device: to copy them in each step would make the host wait for it
-def mean_and_std(lineage: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def mean_and_std(lineage: str) -> tuple[Tensor, Tensor]:
+    """1 3 1 1 each."""
     _, mean, std = NORMALIZATION[lineage]
-    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
+    return torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
 
 
 def lineage_for(backbone: str, init: str | None) -> str:
@@ -356,6 +358,8 @@ class Generator(nn.Module):
         lineage = lineage or LINEAGES[backbone][0]
         check_choice(f"lineage of {backbone}", lineage, LINEAGES[backbone])
         self.backbone, self.num_classes, self.lineage = backbone, num_classes, lineage
+        for name, constant in zip(("mean", "std"), mean_and_std(lineage), strict=True):
+            self.register_buffer(name, constant, persistent=False)
         caffe = lineage == "caffe"
         self.E = EXTRACTORS[backbone](caffe)
         if backbone == "vgg16":
@@ -371,7 +375,7 @@ class Generator(nn.Module):
     def features(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """What E gives for uint8 RGB images, or for floating point ones already normalised."""
         if not images.is_floating_point():
-            images = normalize(images, self.lineage)
+            images = normalize(images, self.lineage, (self.mean, self.std))
         return self.E(images)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import bench
 import checkpoints
@@ -3301,6 +3302,27 @@ def test_clan_steps_compile_into_one_graph_whatever_the_step(recipe):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
         one, other = d_step(D, graph[2])[0].item(), clan.d_step(D, plain[2])[0].item()
         assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_clan_compiles_a_bounded_number_of_graphs_for_the_random_scales():
+    """Three sizes a domain make nine pairs; by the third size both domains' are dynamic."""
+    G, D = models.Generator("tiny"), models.Discriminator(19, 4)
+    models.set_batchnorm(G.train(), train_affine=True, batch_statistics=True)
+    torch._dynamo.reset()
+    counters = CompileCounter(), CompileCounter()
+    g_step, d_step = (
+        torch.compile(f, fullgraph=True, backend=counter)
+        for f, counter in zip((clan.g_step, clan.d_step), counters, strict=True)
+    )
+    labels = some_labels(1, 19, 80, 160)
+    for k, (a, b) in enumerate(itertools.product(RELEASED.scales, repeat=2)):
+        source, target = (
+            torch.zeros(1, 3, round(80 * s), round(160 * s), dtype=torch.uint8) for s in (a, b)
+        )
+        for step in (k, 50_000 + k):  # Eq. 2, then Eq. 5
+            batch = Batch(source, labels, target, (80, 160))
+            d_step(D, g_step(G, D, batch, step, RELEASED)[2])
+    assert counters[0].frame_count <= 6 and counters[1].frame_count <= 2
 
 
 def test_train_half_a_line_left_by_a_kill_is_dropped(few, tmp_path):

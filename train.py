@@ -11,6 +11,7 @@ metrics.jsonl, the last checkpoints, and at the end eval.json and result.png.
 import argparse
 import contextlib
 import ctypes
+import errno
 import inspect
 import itertools
 import json
@@ -266,7 +267,8 @@ class Log:
     """metrics.jsonl, the progress shown, and the watch over what a run computes.
 
     The scalars of a step travel to the host while the device goes on; each is looked at as soon as
-    it has arrived, on a CPU at once, so that no step waits and a NaN is named with its step.
+    it has arrived, on a CPU at once, so that no step waits and a NaN is named with its step. Of
+    several processes each watches its own scalars, and the first writes its own.
     """
 
     def __init__(
@@ -451,8 +453,8 @@ def prepare(settings: Settings, hyper: clan.Hyper, resume: Path | None, console:
     rank, world = evaluation.ranks()
     if device.type == "cpu":
         keep_freed_memory()
-    if settings.compile == "on" and device.type == "cpu":  # seen with torch 2.13: right losses, but
-        # the gradient of the segmentation loss was 0 for the focal form
+    if settings.compile == "on" and device.type == "cpu":  # torch 2.13: right losses, and G's
+        # gradient off by 4 %, or without the segmentation loss's for the focal form
         raise ValueError("--compile on loses gradients on a CPU with torch 2.13: drop it")
     amp = evaluation.uses_bfloat16(settings.amp, device)
     source, target, val = open_all(settings)
@@ -772,7 +774,8 @@ def main(argv=None) -> None:
         print("stopped at once; go on from the last checkpoint, if there is one, with --resume")
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        sys.exit(f"error: {error}" + "; make room, then go on with --resume" * full)
     except RuntimeError as error:
         if world == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
             raise
