@@ -11,7 +11,6 @@ Shapes: B images, C classes, H W pixels. The last checkpoint of a run is its res
 """
 
 import argparse
-import atexit
 import json
 import os
 import platform
@@ -143,7 +142,13 @@ def join_processes(device: torch.device) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = torch.distributed.PrefixStore(attempt, store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-    atexit.register(torch.distributed.destroy_process_group)
+
+
+def leave_processes() -> None:
+    """The end of `join_processes`, where all have come to theirs: to exit without it can abort."""
+    if ranks()[1] > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def evaluate(
@@ -345,7 +350,9 @@ def evaluate_main(args: argparse.Namespace) -> None:
     save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
     amp = uses_bfloat16(settings.get("amp", "off"), device)  # as its training does
     confusion = evaluate(G, target, table, device=device, amp=amp, workers=args.workers, save=save)
-    if ranks()[0] > 0:  # one of several processes shows and writes
+    rank, _ = ranks()
+    leave_processes()
+    if rank > 0:  # one of several processes shows and writes
         return
     result = report(confusion, source, target)
 

@@ -767,7 +767,9 @@ def main(argv=None) -> None:
                 given, resume = resumed(given, resume, console.print)
             settings, hyper = configure(given)
             train(settings, hyper, resume, console)
+        evaluation.leave_processes()
     except Stopped as stopped:
+        evaluation.leave_processes()
         console.print(str(stopped), soft_wrap=True, highlight=False)
         sys.exit(130)
     except KeyboardInterrupt:
