@@ -3304,6 +3304,7 @@ def test_clan_steps_compile_into_one_graph_whatever_the_step(recipe):
         assert one == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_clan_compiles_a_bounded_number_of_graphs_for_the_random_scales():
     """Three sizes a domain make nine pairs; by the third size both domains' are dynamic."""
     G, D = models.Generator("tiny"), models.Discriminator(19, 4)
@@ -4006,7 +4007,7 @@ def test_train_a_lock_ends_with_its_process(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".owner").read_text()
 
 
-@pytest.mark.parametrize("limit", (1_000, 400_000))
+@pytest.mark.parametrize("limit", (1_000, pytest.param(400_000, marks=pytest.mark.slow)))
 def test_train_a_full_disk_ends_the_run_with_a_sentence(tmp_path, limit):
     """A limit on the size of files stands for the disk: not even a checkpoint fits."""
     resource = pytest.importorskip("resource")
@@ -4888,7 +4889,11 @@ def test_bench_counts_the_operations_of_a_step_of_the_paper():
 @pytest.mark.parametrize(
     ("argv", "keys"),
     (
-        (["step", "--repeats", "2"], {"plain_s", "ours_s", "ratio", "peak_bytes"}),
+        pytest.param(
+            ["step", "--repeats", "2"],
+            {"plain_s", "ours_s", "ratio", "peak_bytes"},
+            marks=pytest.mark.slow,
+        ),
         (["eval", "--repeats", "1", "--count", "3"], {"plain_s", "ours_s", "ratio"}),
         (["loader", "--repeats", "1", "--count", "1", "--workers", "0"], {"gta5", "synthia"}),
     ),
