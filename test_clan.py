@@ -1,8 +1,8 @@
 """The tests: the mathematics of CLAN and the promises of its files, executed.
 
-    pytest                  # the default suite, about a minute on two cores
-    pytest -m slow          # full-size ResNet-101 steps, training that must reach a score
-    pytest -k losses        # one part: losses, clan, models, data, eval, train
+    pytest                  # the default suite, under three minutes on two cores
+    pytest -m slow          # full-size steps, training that must reach a score, kills, long runs
+    pytest -k test_losses   # one part: losses, clan, models, data, eval, train, study, bench, ...
 
 Oracles are written here a second time, plainly and independently: loops over pixels in float64,
 the released code's training step and ResNet-101 from its formulas, Cityscapes' official scorer.
