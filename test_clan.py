@@ -3652,6 +3652,7 @@ def test_study_does_not_take_flags_that_it_sets_itself(tmp_path, capsys):
         assert caught.value.code == 2 and "unrecognized" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_study_control_scales_tan_by_clans_own_mean_weight(scenes, tmp_path):
     out = studied("control", tmp_path, "--seeds", "0", "--shift", "0.5", "0.5")
     runs = out / "streets-streets-tiny"
@@ -3746,6 +3747,7 @@ def test_study_asked_to_stop_saves_its_runs_and_starts_no_other(tmp_path):
     assert all(list((runs / name).glob("step_*.safetensors")) for name in names)
 
 
+@pytest.mark.slow
 def test_study_remedies_and_sweep_show_every_setting(scenes, tmp_path):
     flags = ("--seeds", "0", "--steps", "2", "--adv-start", "1")
     studied("remedies", tmp_path, *flags)
@@ -3789,6 +3791,7 @@ def test_study_two_folders_of_photographs_do_not_share_runs(tmp_path):
     assert task("camvid") == "streets-camvid-lite0" and task("mine") == "streets-mine-lite0"
 
 
+@pytest.mark.slow
 def test_study_runs_in_parallel_as_one_after_the_other(tmp_path, monkeypatch):
     """Two processes, of one thread each as the tests, give the bits of one."""
     monkeypatch.setattr(study.os, "cpu_count", lambda: 2)
