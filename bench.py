@@ -212,7 +212,7 @@ def step_times(subjects: dict[str, Subject], step: int, rounds: int = REPEATS) -
     return times
 
 
-def quartiles(times: list[float]) -> tuple[float, float, float]:
+def median_and_quartiles(times: list[float]) -> tuple[float, float, float]:
     return tuple(np.quantile(times, (0.5, 0.25, 0.75)).tolist())
 
 
@@ -268,7 +268,7 @@ def bench_step(args, console: Console) -> dict:
     dtypes = {case.amp for case in cases.values()}
     device = torch.device(args.device)
     best = {amp: ceiling(device, torch.bfloat16 if amp else torch.float32) for amp in dtypes}
-    result = {"plain_s": 0.0, "ours_s": 0.0}
+    result = {}
     run = dict.fromkeys(cases, 0.0)  # seconds of compute of all steps, for one image a domain
     for phase, (step, count) in phases.items():
         start = time.perf_counter()
@@ -285,7 +285,7 @@ def bench_step(args, console: Console) -> dict:
             table.add_column(name, justify="right")
         domains = 2 if phase == "adversarial" else 1
         for name, case in cases.items():
-            median, low, high = quartiles(times[name])
+            median, low, high = median_and_quartiles(times[name])
             flops = count_flops(case, hyper, step)
             peak, share = peak_bytes(case, hyper, step), flops["step"] / median / best[case.amp]
             images = domains * case.batch
@@ -493,7 +493,7 @@ def bench_eval(args, console: Console) -> dict:
         times.append(time.perf_counter() - start)
         if i in (args.count // 10, args.count - 1):
             memory.append(resident("VmRSS"))
-    median, low, high = quartiles(times)
+    median, low, high = median_and_quartiles(times)
     console.print(
         f"{args.count} predictions of {size[1]}x{size[0]}, 19 classes, {device}: "
         f"{1000 * median:.1f} ms an image ({1000 * low:.1f} to {1000 * high:.1f}); numpy way "

@@ -4446,27 +4446,10 @@ def strange_labels(ids: np.ndarray) -> dict[str, bytes]:
 
 def small_set(name: str, root: Path) -> tuple[Path, Path]:
     """A data set of two pairs; returns the image and the label that will be spoilt."""
-    ids = np.full((32, 48), 7 if name in ("gta5", "cityscapes") else 1, np.uint8)
-    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
-    places = {
-        "gta5": ("images/{}.png", "labels/{}.png"),
-        "synthia": ("RGB/{}.png", "GT/LABELS/{}.png"),
-        "cityscapes": (
-            "leftImg8bit/train/a/a_{}_leftImg8bit.png",
-            "gtFine/train/a/a_{}_gtFine_labelIds.png",
-        ),
-        "folder": ("images/train/{}.png", "labels/train/{}.png"),
-    }[name]
-    for i in range(2):
-        for place, pixels in zip(places, (image, ids), strict=True):
-            path = root / place.format(i)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-        if name == "synthia":
-            write_png16(path, np.stack([ids] * 3, axis=2).astype(np.uint16))
-    if name == "folder":
-        (root / "classes.json").write_text('{"names": ["road", "sky"], "ignore": [255]}')
-    return tuple(root / place.format(0) for place in places)
+    makers = {"gta5": make_gta5, "synthia": make_synthia, "cityscapes": make_cityscapes}
+    makers["folder"] = make_folder
+    folder = makers[name](root, count=2)
+    return data.open_dataset(name, "target", "train", folder).items[0]
 
 
 def complaint(program, argv: list, capsys) -> str:
@@ -4622,8 +4605,8 @@ def wrong_weights(folder: Path, good: Path) -> list[Path]:
             paths.append(folder / f"{name}{suffix}")
             paths[-1].write_bytes(raw)
     pickles = {
-        "code": {"E.weight": RunsCode(folder / "trace")},
-        "nested": {"state": {"E.weight": RunsCode(folder / "trace")}},
+        "code": {"E.weight": Malice(folder / "trace")},
+        "nested": {"state": {"E.weight": Malice(folder / "trace")}},
         "list": [torch.zeros(3)],
         "number": 3,
         "strings": {"a": "b"},
@@ -4634,16 +4617,6 @@ def wrong_weights(folder: Path, good: Path) -> list[Path]:
             paths.append(folder / f"{name}{'-zip' if zipped else ''}.pth")
             torch.save(value, paths[-1], _use_new_zipfile_serialization=zipped)
     return [*paths, folder / "absent.pth", folder / "absent.safetensors", folder / "extra"]
-
-
-class RunsCode:
-    """A pickle of this creates a file when it is loaded without care."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -222,16 +222,16 @@ def resumed(given: dict, resume: Path, say) -> tuple[dict, Path]:
     """The flags of the run to go on with, and its checkpoint. A flag may not contradict it."""
     folder = configure(given)[0].out if resume == Path() else resume
     path = newest_valid(folder, say)
-    before = read_metadata(path).get("settings")
-    if before is None:
+    about = read_metadata(path)
+    if not about:
         raise ValueError(f"{path} is no checkpoint of train.py: use it with --init")
-    before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items()}
+    before = {k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items()}
     known = {field.name for cls in (Settings, clan.Hyper) for field in fields(cls)}
     if before.keys() ^ known:
         names = ", ".join(sorted(before.keys() ^ known))
         raise ValueError(
             f"{path} was made by another version of this code ({names}): use commit "
-            f"{read_metadata(path)['commit']}, or its weights with --init"
+            f"{about['commit']}, or its weights with --init"
         )
     changed = [
         f"{flag_of(k)} {v} (was {before[k]})"
@@ -243,7 +243,7 @@ def resumed(given: dict, resume: Path, say) -> tuple[dict, Path]:
             f"{path} was made with other settings: drop {', '.join(changed)}, or start a new run "
             "with --out"
         )
-    world, now = read_metadata(path)["world"], int(os.environ.get("WORLD_SIZE", 1))
+    world, now = about["world"], int(os.environ.get("WORLD_SIZE", 1))
     if world != now:
         raise ValueError(
             f"{path} was made by {world} processes, which is part of its batch, not by {now}: "
