@@ -1,10 +1,10 @@
-"""Checkpoints: what the next step depends on, in one safetensors file that is whole or not there.
+"""Checkpoints: what the next step depends on, in one safetensors file that is whole or absent.
 
     save(path, pack(G, D, opt_g, opt_d), {"step": 100, ...})
     tensors, _ = read_checkpoint(newest_valid(folder, print)); unpack(tensors, G, D, opt_g, opt_d)
 
-Written beside its name, flushed to the disk and renamed; read against its checksum. A run folder
-has one owner at a time.
+A file is written under a temporary name, flushed to the disk and renamed. It is read against its
+checksum. A run folder has one owner at a time. This file alone knows what checkpoints are called.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,38 +22,58 @@ import filelock
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-# What is in one.
+Tensors = dict[str, Tensor]
+
+# What a checkpoint holds.
 
 
-def pack(G, D, opt_g, opt_d) -> dict[str, torch.Tensor]:
-    """Everything that the next step depends on, as flat tensors."""
-    tensors = {}
+def pack(
+    G: nn.Module,
+    D: nn.Module | None,
+    opt_g: Optimizer,
+    opt_d: Optimizer | None,
+    state: Tensors | None = None,
+) -> Tensors:
+    """Everything that the next step depends on, as flat tensors. `state`: the method's own."""
+    tensors = {f"state.{name}": value for name, value in (state or {}).items()}
     for prefix, module in (("G", G), ("D", D)):
-        tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+        values = module.state_dict() if module is not None else {}
+        tensors |= {f"{prefix}.{name}": value for name, value in values.items()}
     for prefix, optimizer in (("opt_g", opt_g), ("opt_d", opt_d)):
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {
-                f"{prefix}.{i}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)
-            }
+        states = optimizer.state_dict()["state"] if optimizer else {}
+        for i, values in states.items():
+            tensors |= {f"{prefix}.{i}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
-def unpack(tensors: dict[str, torch.Tensor], G, D, opt_g, opt_d) -> None:
+def unpack(
+    tensors: Tensors,
+    G: nn.Module,
+    D: nn.Module | None,
+    opt_g: Optimizer,
+    opt_d: Optimizer | None,
+    state: Tensors | None = None,
+) -> None:
     """The reverse of `pack`. Raises ValueError where a tensor has no place or no value."""
 
-    def part(prefix: str) -> dict[str, torch.Tensor]:
+    def part(prefix: str) -> Tensors:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
     try:
-        G.load_state_dict(part("G."))
-        D.load_state_dict(part("D."))
+        for prefix, module in (("G.", G), ("D.", D)):
+            if module is not None:
+                module.load_state_dict(part(prefix))
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    unpack_state(part("state."), state or {})
     for prefix, optimizer in (("opt_g.", opt_g), ("opt_d.", opt_d)):
+        if not optimizer:
+            continue
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {}
+        states: dict[int, Tensors] = {}
         for name, value in part(prefix).items():
             i, key = name.split(".", 1)
             if int(i) >= len(parameters):
@@ -62,12 +83,21 @@ def unpack(tensors: dict[str, torch.Tensor], G, D, opt_g, opt_d) -> None:
                 raise ValueError(f"{prefix}{name} has the shape {tuple(value.shape)}")
             if value.ndim:  # the fused optimizers need its memory format too
                 value = torch.empty_like(like).copy_(value)
-            state.setdefault(int(i), {})[key] = value
+            states.setdefault(int(i), {})[key] = value
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
-def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def unpack_state(saved: Tensors, state: Tensors) -> None:
+    """Puts what was saved into the tensors of a method's state."""
+    shapes, wanted = ({k: tuple(v.shape) for k, v in x.items()} for x in (saved, state))
+    if shapes != wanted:
+        raise ValueError(f"the method's state is {shapes}, expected {wanted}")
+    for name, value in saved.items():
+        state[name] = value.to(state[name])
+
+
+def checksum(tensors: Tensors, metadata: dict[str, str]) -> str:
     """SHA-256 of the metadata and of the tensors' names, types, shapes and bytes."""
     total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -79,23 +109,23 @@ def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 # Writing.
 
 
-def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+def save(path: Path, tensors: Tensors, metadata: dict) -> None:
     """Writes beside `path`, then renames: a reader sees the whole file or the one before it."""
     wrong = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     if wrong:
         raise FloatingPointError(f"{wrong[0]} is not finite: {path} was not written")
-    beside = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     text = {k: json.dumps(v, default=str) for k, v in metadata.items()}
     text |= {"format": "pt"}
     text |= {"checksum": checksum(tensors, text)}
     try:
-        save_file(tensors, beside, metadata=text)
-        to_disk(beside)
-        beside.chmod(0o644)
-        beside.replace(path)
+        save_file(tensors, temporary, metadata=text)
+        to_disk(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
         to_disk(path.parent)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(
             f"{path} could not be written ({error}): make room or choose another --out; the "
             "checkpoints before it are intact"
@@ -113,7 +143,7 @@ def to_disk(path: Path) -> None:
         os.close(number)
 
 
-@lru_cache  # of the code that runs, not of what was checked out since
+@lru_cache  # asked once, so that it names the code that runs, whatever is checked out later
 def commit() -> str:
     """The commit of this code, "-dirty" if it was changed since, or "unknown" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -127,10 +157,10 @@ def commit() -> str:
 # Reading.
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file and its metadata, compared with the checksum if it has one.
+def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """All tensors of a safetensors file and its metadata, compared with its checksum if it has one.
 
-    Raises ValueError for a file that is damaged in any way that can be seen.
+    Raises ValueError for a file that is truncated, unreadable or does not fit its checksum.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -151,6 +181,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
+OF_STEPS = "step_*.safetensors"  # the others, see `name_of`
 
 KEYS = {"settings", "classes", "tgt_size", "step", "world", "commit"}  # beside the tensors
 
@@ -171,9 +202,32 @@ def read_metadata(path: Path) -> dict:
         ) from error
 
 
+def name_of(step: int) -> str:
+    """The file of the checkpoint after so many steps."""
+    return f"step_{step:07d}.safetensors"
+
+
+def of_steps(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder without that of adv_start, oldest first."""
+    return sorted(folder.glob(OF_STEPS))
+
+
 def saved(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first; that of adv_start before those of steps."""
-    return [*folder.glob(BEFORE), *sorted(folder.glob("step_*.safetensors"))]
+    return [*folder.glob(BEFORE), *of_steps(folder)]
+
+
+def drop_oldest(folder: Path, keep: int) -> None:
+    """Delete the checkpoints of steps but for the newest `keep`."""
+    for path in of_steps(folder)[:-keep]:
+        path.unlink()
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Delete what a process left that was killed while it wrote."""
+    for pattern in (OF_STEPS, BEFORE):
+        for path in folder.glob(Path(pattern).with_suffix(".tmp").name):
+            path.unlink()
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -186,10 +240,10 @@ def newest_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def newest_valid(folder: Path, say) -> Path:
+def newest_valid(folder: Path, say: Callable[..., None], rename: bool = True) -> Path:
     """The last checkpoint of a run folder that is whole; says which it passes over, and why.
 
-    Those get another ending, so that they are in nobody's way and not lost.
+    Damaged files are renamed to *.damaged, not deleted: of several processes by one, `rename`.
     """
     newest = newest_checkpoint(folder)
     if newest == folder:  # a file, named as such
@@ -199,7 +253,7 @@ def newest_valid(folder: Path, say) -> Path:
             read_checkpoint(path)
             return path
         except ValueError as error:
-            if int(os.environ.get("RANK", 0)) == 0:  # of several processes one moves it
+            if rename:
                 path.rename(f"{path}.damaged")
             say(f"passed over, now {path.name}.damaged: {error}", soft_wrap=True)
     raise ValueError(
@@ -207,15 +261,15 @@ def newest_valid(folder: Path, say) -> Path:
     )
 
 
-# One owner a folder.
+# A run folder has one owner.
 
 
-LOCK_WAIT = 10  # seconds: a killed run's loaders notice within five, and hold its lock until then
+LOCK_WAIT = 10  # seconds; the loaders of a killed run hold its lock for up to five
 
 
 @contextlib.contextmanager
-def owned(folder: Path):
-    """Work in this folder alone. The lock ends with its process, however that ends."""
+def owned(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, so that no other process writes there. It ends with its process."""
     fresh = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

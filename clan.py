@@ -1,25 +1,28 @@
 """CLAN, the algorithm: hyper-parameters, schedules and the two steps (Section 3.3, Eq. 3 to 7).
 
-    loss, terms, predictions = g_step(G, D, batch, step, PAPER)   # then backward and step for G
-    loss, terms = d_step(D, predictions)                          # then backward and step for D
+    g_loss, terms, predictions = g_step(G, D, batch, step, PAPER)   # then backward and step for G
+    d_loss, terms = d_step(D, predictions)                          # then backward and step for D
 
 The steps are pure: they compute losses and call no backward, optimizer, print or file. The loop
-that calls them is in train.py, the losses are in losses.py.
+that calls them is in train.py, the losses are in losses.py. The check of the hyper-parameters and
+the controls of the studies stand at the end.
 
 Shapes: B images, C classes, H W label grid, h w feature grid of G.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from losses import adversarial_loss, discrepancy_map, segmentation_loss, weight_discrepancy
 
 Statistics = Literal["batch", "before", "running"]
-WeightMap = Literal["local", "shuffled", "mean1"]
+Terms = dict[str, Tensor]  # what a step reports: detached scalars by name
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,22 @@ class Hyper:
     Where the paper is silent, the comment says whose choice the default is.
     """
 
-    method: Literal["source", "tan", "clan"] = "clan"  # Eq. 3 alone | + Eq. 2 | Eq. 6, all of it
+    method: str = "clan"  # here: source (Eq. 3), tan (+ Eq. 2), clan (Eq. 6); all are in methods.py
     steps: int = 100_000  # iterations
     batch: int = 1  # images of each domain in a step
     adv_start: int = 0  # first step with adversarial terms; until then the source alone is learnt
 
-    seg_heads: Literal["ensemble", "each"] = "ensemble"  # Eq. 3 on softmax(p1 + p2) | a loss a head
+    seg_heads: Literal["ensemble", "each"] = "ensemble"  # Eq. 3 of the added logits | a loss a head
     head_std: float = 0.01  # deviation of the heads' initial filters (paper: not said; code: 0.01)
     gamma: float = 0.0  # focal exponent of Eq. 3 (0: cross-entropy)
     lambda_weight: float = 0.01  # weight of Eq. 4 in Eq. 6
-    weight_offset: float = 0.0  # added to the cosine of Eq. 4; moves its value, not its gradient
-    weight_biases: bool = False  # Eq. 4 over the heads' biases too, not their filters alone
+    cos_offset: float = 0.0  # added to the cosine of Eq. 4; moves its value, not its gradient
+    cos_biases: bool = False  # Eq. 4 over the heads' biases too, not their filters alone
     lambda_local: float = 40.0  # slope of the adaptive weight lambda_local * M + eps, Eq. 5
     eps: float = 0.4  # floor of the adaptive weight, Eq. 5
     adaptive_start: float = 0.0  # share of the adversarial steps that use Eq. 2 before Eq. 5
     detach_m: bool = False  # stop the gradient through M in G's loss (paper: not said; code: flows)
-    weight_map: WeightMap = "local"  # Eq. 5's | controls: its pixels shuffled | divided by its mean
+    m_control: Literal["none", "shuffled", "mean1"] = "none"  # of studies, see `controlled_weight`
     lambda_adv: float = 0.001  # weight of Eq. 5 in Eq. 6
     damping: bool = False  # scale Eq. 4 and 5 in G's loss by (1 - step / steps)
     minimax: bool = False  # G ascends Eq. 5 as printed; else descends -log D(target), as TAN
@@ -70,41 +73,9 @@ class Hyper:
     mirror: float = 0.0  # how often image and label are mirrored (paper: not said)
     jitter: float = 0.0  # colour jitter of the source: largest change of gain and offset (ours)
 
-    def __post_init__(self):
-        def require(condition: bool, sentence: str) -> None:
-            if not condition:
-                raise ValueError(sentence)
-
-        for name, value in vars(self).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                finite = isinstance(number, str) or math.isfinite(number)
-                require(finite, f"{name} must be finite, not {number}")
-        require(self.steps >= 1 and self.batch >= 1, "steps and batch must be at least 1")
-        require(
-            self.method == "source" or 0 <= self.adv_start < self.steps,
-            f"adv_start {self.adv_start} must lie in [0, steps = {self.steps}): no step would be "
-            "adversarial; give a smaller adv_start (--adv-start), or method source",
-        )
-        require(
-            len(self.scales) == len(self.scale_probs)
-            and min(self.scales) > 0
-            and min(self.scale_probs) >= 0
-            and abs(sum(self.scale_probs) - 1) < 1e-6,
-            f"scales {self.scales} must be positive and need as many scale_probs, of sum 1, not "
-            f"{self.scale_probs}",
-        )
-        require(self.d_channels >= 1, "d_channels must be at least 1")
-        require(
-            self.momentum < 1 and self.beta1_d < 1 and self.beta2_d < 1,
-            "momentum, beta1_d and beta2_d must be below 1",
-        )
-        for name in ("adaptive_start", "warmup", "mirror", "jitter"):
-            require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1]")
-        rates = ("lr_g", "lr_d", "head_lr", "weight_decay_g", "weight_decay_d", "power")
-        shares = ("momentum", "beta1_d", "beta2_d", "gamma")
-        others = ("lambda_adv", "lambda_local", "lambda_weight", "eps", "head_std")
-        for name in (*rates, *shares, *others):
-            require(getattr(self, name) >= 0, f"{name} must not be negative")
+    def __post_init__(self) -> None:
+        if "check" in globals():  # it stands at the end, where it checks the recipes below too
+            check(self)
 
 
 PAPER = Hyper()
@@ -112,8 +83,8 @@ RELEASED = Hyper(
     seg_heads="each",
     gamma=2.0,
     lambda_weight=0.02,  # 0.01 times a factor of 2 in the loop
-    weight_offset=1.0,
-    weight_biases=True,
+    cos_offset=1.0,
+    cos_biases=True,
     adaptive_start=0.05,
     damping=True,
     warmup=0.05,
@@ -150,7 +121,7 @@ def progress(step: int, hyper: Hyper) -> float:
 
 
 def is_adversarial(step: int, hyper: Hyper) -> bool:
-    """Whether D takes part in this step."""
+    """Whether the target takes part in this step, and with it D."""
     return hyper.method != "source" and step >= hyper.adv_start
 
 
@@ -169,7 +140,22 @@ def uses_batch_statistics(step: int, hyper: Hyper) -> bool:
     return hyper.batchnorm == "batch"
 
 
-# The steps.
+# What the steps take and leave.
+
+
+class GeneratorLike(Protocol):
+    """G: B 3 H' W' images to (logits_1, logits_2), each B C h w."""
+
+    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+    def classifier_weights(self, biases: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters of C1 and of C2 that Eq. 4 compares."""
+
+
+class DiscriminatorLike(Protocol):
+    """D: B C H W probabilities to B 1 h w logits of "source"."""
+
+    def __call__(self, p: Tensor, /) -> Tensor: ...
 
 
 class Batch(NamedTuple):
@@ -177,77 +163,80 @@ class Batch(NamedTuple):
     of the source's: a randomly scaled image is judged at the data set's own size (released code).
     """
 
-    source: torch.Tensor  # B 3 H' W' images
-    labels: torch.Tensor  # B H W integers, train ids of the source
-    target: torch.Tensor | None  # B 3 H' W' images, no labels
+    source: Tensor  # B 3 H' W' images
+    labels: Tensor  # B H W integers, train ids of the source
+    target: Tensor | None  # B 3 H' W' images, no labels; None in a step on the source alone
     target_size: tuple[int, int] | None  # H W
 
 
 class Predictions(NamedTuple):
     """What G's step leaves to D's: detached, so that D's step cannot reach G."""
 
-    source: torch.Tensor  # B C H W, the ensemble p on the source
-    target: torch.Tensor  # B C H W, the ensemble p on the target
-    weight: torch.Tensor | None  # B 1 H W, lambda_local * M + eps; None for Eq. 2
+    source: Tensor  # B C H W, the ensemble p on the source
+    target: Tensor  # B C H W, the ensemble p on the target
+    weight: Tensor | None  # B 1 H W, lambda_local * M + eps; None for Eq. 2
 
 
-def upsample(x: torch.Tensor, size) -> torch.Tensor:
+def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     """B C h w to B C H W, bilinear, in float32 at least: autocast ends where the losses begin."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def domain_logits(D, p: torch.Tensor) -> torch.Tensor:
+def domain_logits(D: Callable[[Tensor], Tensor], p: Tensor) -> Tensor:
     """D's answer for each pixel: B C H W probabilities to B 1 H W logits of "source"."""
     return upsample(D(p), p.shape[-2:])
 
 
-def without_gradient(module: torch.nn.Module):
+def without_gradient(module: DiscriminatorLike) -> Callable[[Tensor], Tensor]:
     """The module as a function whose input receives a gradient but whose parameters do not."""
-    constants = {name: p.detach() for name, p in module.named_parameters()}
-    return lambda x: torch.func.functional_call(module, constants, (x,))
+    network = cast(nn.Module, module)
+    constants = {name: p.detach() for name, p in network.named_parameters()}
+    return lambda x: torch.func.functional_call(network, constants, (x,))
 
 
-def adaptive_weight(m: torch.Tensor, step: int, hyper: Hyper) -> torch.Tensor:
-    """The weight of each pixel's adversarial loss, B 1 H W: lambda_local * M + eps (Eq. 5).
-
-    `weight_map` makes a control of it, to tell where M puts the weight from how much there is:
-    the same weights at other pixels (a new order each step), or scaled to a mean of 1.
-    """
+def adaptive_weight(m: Tensor, step: int, hyper: Hyper) -> Tensor:
+    """The weight of each pixel's adversarial loss, B 1 H W: lambda_local * M + eps (Eq. 5)."""
     weight = hyper.lambda_local * m + hyper.eps  # Eq. 5
-    if hyper.weight_map == "shuffled":
-        order = torch.randperm(m[0].numel(), generator=torch.Generator().manual_seed(step))
-        weight = weight.flatten(1)[:, order.to(m.device)].view_as(m)
-    elif hyper.weight_map == "mean1":
-        weight = weight / weight.mean()
-    return weight
+    return weight if hyper.m_control == "none" else controlled_weight(weight, step, hyper)
 
 
-def g_step(G, D, batch: Batch, step: int, hyper: Hyper):
+# The steps.
+
+
+def g_step(
+    G: GeneratorLike, D: DiscriminatorLike, batch: Batch, step: int, hyper: Hyper
+) -> tuple[Tensor, Terms, Predictions | None]:
     """The loss of G at this step: Eq. 6, or its first term(s) by `hyper.method`.
 
-    G: images to (logits_1, logits_2), each B C h w. D: B C H W to B 1 h w. D gets no gradient.
+    G: images to (logits_1, logits_2), each B C h w. D: B C H W to B 1 h w; it gets no gradient.
     Returns (loss, terms, predictions): a scalar; a dict of detached scalars (the unweighted losses
-    `seg`, `weight`, `adv` and the mean of the map, `m`); Predictions, or None before adv_start.
+    `seg`, `cos` and `adv`, and the mean of the map, `m`); Predictions, or None before adv_start.
     """
     strength = 1 - progress(step, hyper) if hyper.damping else 1.0
-    labels = batch.labels.long()
-    heads = G(batch.source)
-    if hyper.seg_heads == "ensemble":
-        heads = [sum(heads)]  # before the up-sampling, which is linear: half of its cost
-    heads = [upsample(x, labels.shape[-2:]) for x in heads]
-    loss = sum(segmentation_loss(x, labels, gamma=hyper.gamma) for x in heads)  # Eq. 3
+    labels, size = batch.labels.long(), batch.labels.shape[-2:]
+    logits_1, logits_2 = G(batch.source)  # B C h w each
+    if hyper.seg_heads == "ensemble":  # the paper
+        logits = upsample(logits_1 + logits_2, size)  # linear: one up-sampling of the sum will do
+        loss = segmentation_loss(logits, labels, gamma=hyper.gamma)  # Eq. 3
+    else:  # the released code: a loss for each head
+        logits_1, logits_2 = upsample(logits_1, size), upsample(logits_2, size)
+        loss_1 = segmentation_loss(logits_1, labels, gamma=hyper.gamma)
+        loss = loss_1 + segmentation_loss(logits_2, labels, gamma=hyper.gamma)
+        logits = logits_1 + logits_2
     terms = {"seg": loss.detach()}
 
     if hyper.method == "clan":
-        l_weight = weight_discrepancy(*G.classifier_weights(hyper.weight_biases))  # Eq. 4
-        l_weight = l_weight + hyper.weight_offset
+        l_weight = weight_discrepancy(*G.classifier_weights(hyper.cos_biases))  # Eq. 4
+        l_weight = l_weight + hyper.cos_offset
         loss = loss + hyper.lambda_weight * strength * l_weight
-        terms["weight"] = l_weight.detach()
+        terms["cos"] = l_weight.detach()
     if not is_adversarial(step, hyper):
         return loss, terms, None
 
-    p_source = sum(heads).softmax(dim=1)  # B C H W
+    if batch.target is None or batch.target_size is None:
+        raise ValueError(f"step {step} is adversarial and its batch has no target: see batch_at")
+    p_source = logits.softmax(dim=1)  # B C H W
     logits_1, logits_2 = (upsample(x, batch.target_size) for x in G(batch.target))
     p_target = (logits_1 + logits_2).softmax(dim=1)  # B C H W
     weight = None  # Eq. 2: every pixel alike
@@ -270,7 +259,7 @@ def g_step(G, D, batch: Batch, step: int, hyper: Hyper):
     return loss, terms, Predictions(p_source.detach(), p_target.detach(), weight)
 
 
-def d_step(D, predictions: Predictions):
+def d_step(D: DiscriminatorLike, predictions: Predictions) -> tuple[Tensor, Terms]:
     """The loss of D: Eq. 5, or Eq. 2 where `predictions` carry no weight.
 
     lambda_adv is left out: D has this one term, and Adam does not see its scale (released code).
@@ -282,7 +271,66 @@ def d_step(D, predictions: Predictions):
     d_target = domain_logits(D, predictions.target)
     loss = adversarial_loss(d_source, is_source=True)
     loss = loss + adversarial_loss(d_target, is_source=False, weight=predictions.weight)
-    says_source = (x.detach().sigmoid().mean() for x in (d_source, d_target))
-    return loss, dict(
-        zip(("d", "d_source", "d_target"), (loss.detach(), *says_source), strict=True)
+    return loss, {
+        "d": loss.detach(),
+        "d_source": d_source.detach().sigmoid().mean(),
+        "d_target": d_target.detach().sigmoid().mean(),
+    }
+
+
+# Beside the algorithm: the controls of the studies, and the check of a Hyper.
+
+
+def controlled_weight(weight: Tensor, step: int, hyper: Hyper) -> Tensor:
+    """The weight of Eq. 5, B 1 H W, changed to tell *where* M puts it from *how much* there is.
+
+    shuffled: the same weights at other pixels, in a new order each step. mean1: divided by their
+    mean.
+    """
+    if hyper.m_control == "shuffled":
+        order = torch.randperm(weight[0].numel(), generator=torch.Generator().manual_seed(step))
+        return weight.flatten(1)[:, order.to(weight.device)].view_as(weight)
+    return weight / weight.mean()
+
+
+def check(hyper: Hyper) -> None:
+    """Raises ValueError, with the field's name, where a number makes no sense."""
+
+    def require(condition: bool, sentence: str) -> None:
+        if not condition:
+            raise ValueError(sentence)
+
+    for name, value in vars(hyper).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            finite = isinstance(number, str) or math.isfinite(number)
+            require(finite, f"{name} must be finite, not {number}")
+    require(hyper.steps >= 1 and hyper.batch >= 1, "steps and batch must be at least 1")
+    require(
+        hyper.method == "source" or 0 <= hyper.adv_start < hyper.steps,
+        f"adv_start {hyper.adv_start} must lie in [0, steps = {hyper.steps}): no step would be "
+        "adversarial; give a smaller adv_start (--adv-start), or method source",
     )
+    require(
+        len(hyper.scales) == len(hyper.scale_probs)
+        and min(hyper.scales) > 0
+        and min(hyper.scale_probs) >= 0
+        and abs(sum(hyper.scale_probs) - 1) < 1e-6,
+        f"scales {hyper.scales} must be positive and need as many scale_probs, of sum 1, not "
+        f"{hyper.scale_probs}",
+    )
+    require(hyper.d_channels >= 1, "d_channels must be at least 1")
+    require(
+        hyper.momentum < 1 and hyper.beta1_d < 1 and hyper.beta2_d < 1,
+        "momentum, beta1_d and beta2_d must be below 1",
+    )
+    for name in ("adaptive_start", "warmup", "mirror", "jitter"):
+        require(0 <= getattr(hyper, name) <= 1, f"{name} must lie in [0, 1]")
+    rates = ("lr_g", "lr_d", "head_lr", "weight_decay_g", "weight_decay_d", "power")
+    shares = ("momentum", "beta1_d", "beta2_d", "gamma")
+    others = ("lambda_adv", "lambda_local", "lambda_weight", "eps", "head_std")
+    for name in (*rates, *shares, *others):
+        require(getattr(hyper, name) >= 0, f"{name} must not be negative")
+
+
+for recipe in RECIPES.values():
+    check(recipe)

@@ -14,9 +14,11 @@ import argparse
 import json
 import signal
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,51 +28,17 @@ from rich.progress import track
 from rich.table import Table
 
 import streets
-from clan import Batch, Hyper, is_adversarial
+from clan import Batch, Hyper
+from classes import CLASSES, IGNORE, SYNTHIA_ABSENT, TO_TRAIN_IDS, UNKNOWN, id_table
+from methods import uses_target
 
-# The 19 classes that Cityscapes scores, in the order of their train ids, and their colours.
-CLASSES = (
-    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
-    *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train"),
-    *("motorcycle", "bicycle"),
-)
-PALETTE = np.array(
-    [
-        *([128, 64, 128], [244, 35, 232], [70, 70, 70], [102, 102, 156], [190, 153, 153]),
-        *([153, 153, 153], [250, 170, 30], [220, 220, 0], [107, 142, 35], [152, 251, 152]),
-        *([70, 130, 180], [220, 20, 60], [255, 0, 0], [0, 0, 142], [0, 0, 70], [0, 60, 100]),
-        *([0, 80, 100], [0, 0, 230], [119, 11, 32]),
-    ],
-    dtype=np.uint8,
-)
-IGNORE = 255
-UNKNOWN = 254  # marks ids that a data set's labels must not contain
 PHOTOGRAPH_MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr")
 SUFFIXES = (".png", ".jpg", ".jpeg")  # photographs of a folder
 
 
-def _table(known_ids, train_ids: dict[int, int]) -> np.ndarray:
-    """256 entries, id on disk to train id: IGNORE for the other known ids, UNKNOWN for the rest."""
-    table = np.full(256, UNKNOWN, np.uint8)
-    table[list(known_ids)] = IGNORE
-    for label_id, train_id in train_ids.items():
-        table[label_id] = train_id
-    return table
-
-
-_LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-_CITYSCAPES = {label_id: train_id for train_id, label_id in enumerate(_LABEL_IDS)}
-_SYNTHIA = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11}
-_SYNTHIA |= {17: 12, 8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18}
-TRAIN_IDS = {
-    "gta5": _table((*range(35), 255), _CITYSCAPES),  # 34 and 255: the license plate, -1
-    "cityscapes": _table((*range(35), 255), _CITYSCAPES),
-    "synthia": _table(range(23), _SYNTHIA),
-}
-LABEL_IDS = np.array(_LABEL_IDS, np.uint8)  # by train id, for the official scorer
-
-SYNTHIA_ABSENT = ("terrain", "truck", "train")  # classes that SYNTHIA's labels never show
-SYNTHIA_13 = tuple(c for c in CLASSES if c not in ("wall", "fence", "pole", *SYNTHIA_ABSENT))
+Size = tuple[int, int]  # H W
+# Whether label files must exist: they must | what is missing shows when it is read | none is wanted
+Labels = Literal["required", "unchecked", "none"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +48,8 @@ class DataSet:
     name: str
     classes: tuple[str, ...]  # names by train id
     labelled: tuple[str, ...]  # those that its labels can show
-    size: tuple[int, int]  # H W that its images are resized to
-    crop: tuple[int, int]  # H W of a training crop, for recipes that crop
+    size: Size  # that its images are resized to
+    crop: Size  # of a training crop, for recipes that crop
     items: tuple  # (image path, label path | None), or arguments of streets.render
 
     def __len__(self) -> int:
@@ -91,7 +59,7 @@ class DataSet:
 # Reading files.
 
 
-def _open(path: Path) -> Image.Image:
+def decode(path: Path) -> Image.Image:
     """The decoded image. Pillow reports damage in several ways; here it is one."""
     try:
         image = Image.open(path)
@@ -109,7 +77,7 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _header(path: Path) -> Image.Image:
+def read_header(path: Path) -> Image.Image:
     try:
         return Image.open(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -118,32 +86,43 @@ def _header(path: Path) -> Image.Image:
 
 def read_image(path: Path) -> np.ndarray:
     """A photograph as H W 3 uint8 RGB. Raises ValueError for a file that does not hold one."""
-    image = _open(path)
+    image = decode(path)
     if image.mode not in PHOTOGRAPH_MODES or image.info.get("bits") == 16:
         raise ValueError(f"{path} has 16 bits a colour, or floats: convert it to 8-bit RGB")
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def read_label(path: Path, dataset: str) -> np.ndarray:
-    """A label of `gta5`, `synthia` or `cityscapes` as H W uint8 train ids, 255 = unlabelled.
+def read_label(path: Path, name: str) -> np.ndarray:
+    """A label of the data set `name` as H W uint8 train ids, 255 = unlabelled.
 
     Raises ValueError for a damaged file, a file of another format and an id outside the map.
     """
-    image = _open(path)
-    if dataset == "synthia":
-        if image.info.get("bits") != 16:
-            raise ValueError(
-                f"{path} is not a 16-bit RGB PNG but a converted copy (mode {image.mode}), which "
-                "would be mapped twice: use the original files of GT/LABELS"
-            )
-        # Pillow decodes one byte of the two at a time, here the high one: no class reaches it.
-        if np.asarray(Image.open(path))[..., 0].any():
-            raise ValueError(f"{path} holds a class above 255: use the original of GT/LABELS")
-        return _train_ids(np.asarray(image)[..., 0], TRAIN_IDS[dataset], path)
-    return _train_ids(_indices(image, path), TRAIN_IDS[dataset], path)
+    kind = DATASETS[name]
+    if kind.to_train_ids is None:
+        raise ValueError(f"the ids of {name} are in its classes.json: use label_at")
+    return map_ids(kind.read_ids(path), kind.to_train_ids, path)
 
 
-def _indices(image: Image.Image, path: Path) -> np.ndarray:
+def read_indices(path: Path) -> np.ndarray:
+    """The ids in a grey or palette PNG, H W uint8."""
+    return check_indices(decode(path), path)
+
+
+def read_synthia_ids(path: Path) -> np.ndarray:
+    """The class ids in one of SYNTHIA's 16-bit RGB PNGs, H W uint8: its first channel."""
+    image = decode(path)
+    if image.info.get("bits") != 16:
+        raise ValueError(
+            f"{path} is not a 16-bit RGB PNG but a converted copy (mode {image.mode}), which "
+            "would be mapped twice: use the original files of GT/LABELS"
+        )
+    # Pillow decodes one byte of the two at a time, here the high one: no class reaches it.
+    if np.asarray(Image.open(path))[..., 0].any():
+        raise ValueError(f"{path} holds a class above 255: use the original of GT/LABELS")
+    return np.asarray(image)[..., 0]
+
+
+def check_indices(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode not in ("L", "P"):
         raise ValueError(
             f"{path} has pixels of mode {image.mode}, but a label is a grey or palette PNG of "
@@ -152,8 +131,8 @@ def _indices(image: Image.Image, path: Path) -> np.ndarray:
     return np.asarray(image)  # of a palette image too: its indices, not its colours
 
 
-def _train_ids(ids: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
-    label = table[ids]
+def map_ids(ids: np.ndarray, to_train_ids: np.ndarray, path: Path) -> np.ndarray:
+    label = to_train_ids[ids]
     if (label == UNKNOWN).any():
         raise ValueError(
             f"{path} holds the id {ids[label == UNKNOWN][0]}, which its data set does not define: "
@@ -170,47 +149,51 @@ def open_dataset(
     role: str,
     split: str,
     folder: Path | None = None,
-    size=None,
-    labels=True,
-    shift: tuple[float, float] = (0.5, 0.5),
+    size: Sequence[int] | None = None,
+    *,
+    labels: Labels = "required",
+    shift: Sequence[float] = (0.5, 0.5),
 ) -> DataSet:
     """The images of one split, found but not read.
 
-    name: gta5, synthia, cityscapes, streets or folder. role: "source" or "target" (streets draws
-    its game or its city accordingly). split: train, val or, for Cityscapes, test. folder: the data
-    set's own folder. size: H W to resize to instead of the data set's own. labels: whether label
-    files must be there: a training target needs none (False); None leaves it to the reading.
+    name: a row of DATASETS. role: "source" or "target" (streets draws its game or its city
+    accordingly). split: train, val or, for Cityscapes, test. folder: the data set's own folder.
+    size: H W to resize to instead of the data set's own. labels: a training target needs "none".
     shift: how far the city of streets is from its game, in look and in layout, each in [0, 1].
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(NAMES)}")
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+    kind = DATASETS[name]
     if name != "streets" and not (folder and Path(folder).is_dir()):
         raise ValueError(
-            f"the folder {folder} of the data set {name} is missing: {LAYOUTS[name]}{HOW}"
+            f"the folder {folder} of the data set {name} is missing: {kind.layout}{FOLDER_FLAGS}"
         )
+    if kind.splits and split not in kind.splits:
+        pool = "it is one pool of images, " if len(kind.splits) == 1 else ""
+        choices = " or ".join(kind.splits)
+        raise ValueError(f"{name} has no split {split!r}: {pool}use {choices}")
+    wanted = (int(size[0]), int(size[1])) if size else kind.size
     if name == "streets":
-        return _open_streets(role, split, size and tuple(size), tuple(shift))
-    return OPENERS[name](folder and Path(folder), role, split, size and tuple(size), labels)
+        return open_streets(role, split, wanted, tuple(shift))
+    return kind.opener(Path(folder or ""), split, wanted, labels)
 
 
-LAYOUTS = {
-    "gta5": "put images/ and labels/ into GTA5/ under --data, or name their own folder",
-    "synthia": "put RGB/ and GT/LABELS/ into SYNTHIA/RAND_CITYSCAPES/ under --data, or name "
-    "their own folder",
-    "cityscapes": "put leftImg8bit/ and gtFine/ into Cityscapes/ under --data, or name their "
-    "own folder",
-    "folder": "name a folder with images/, labels/ and classes.json",
-}
-HOW = " (--src-dir or --tgt-dir; --dir of data.py)"  # the flags that name a data set's own folder
+FOLDER_FLAGS = " (--src-dir or --tgt-dir; --dir of data.py)"  # name a data set's own folder
 
 
-def _pairs(images: list[Path], label_of, labels, where: Path, layout: str) -> tuple:
-    """Sorted (image, label) paths; labels as in open_dataset."""
+def pair(
+    images: Iterable[Path],
+    label_of: Callable[[Path], Path],
+    labels: Labels,
+    where: Path,
+    layout: str,
+) -> tuple:
+    """Sorted (image, label) paths. Raises ValueError for none, and for missing labels."""
+    images = sorted(images)
     if not images:
         raise ValueError(f"no image in {where}: {layout}")
-    wanted = labels is not False
-    pairs = tuple((image, label_of(image) if wanted else None) for image in sorted(images))
-    missing = [str(label) for _, label in pairs if labels and not label.is_file()]
+    pairs = tuple((image, None if labels == "none" else label_of(image)) for image in images)
+    missing = [label for _, label in pairs if labels == "required" and not label.is_file()]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(pairs)} images in {where} have no label, the first is "
@@ -219,38 +202,31 @@ def _pairs(images: list[Path], label_of, labels, where: Path, layout: str) -> tu
     return pairs
 
 
-def _only_train(name: str, split: str) -> None:
-    if split != "train":
-        raise ValueError(f"{name} has no split {split!r}: it is one pool of images, use train")
+def open_gta5(folder: Path, split: str, size: Size, labels: Labels) -> DataSet:
+    images = (folder / "images").glob("*.png")
+    layout = DATASETS["gta5"].layout
+    pairs = pair(images, lambda p: folder / "labels" / p.name, labels, folder / "images", layout)
+    return DataSet("gta5", CLASSES, CLASSES, size, (512, 1024), pairs)
 
 
-def _open_gta5(folder, role, split, size, labels) -> DataSet:
-    _only_train("gta5", split)
-    images = list((folder / "images").glob("*.png"))
-    pairs = _pairs(
-        images, lambda p: folder / "labels" / p.name, labels, folder / "images", LAYOUTS["gta5"]
-    )
-    return DataSet("gta5", CLASSES, CLASSES, size or (720, 1280), (512, 1024), pairs)
-
-
-def _open_synthia(folder, role, split, size, labels) -> DataSet:
-    _only_train("synthia", split)
-    images, where = list((folder / "RGB").glob("*.png")), folder / "GT" / "LABELS"
-    pairs = _pairs(images, lambda p: where / p.name, labels, folder / "RGB", LAYOUTS["synthia"])
+def open_synthia(folder: Path, split: str, size: Size, labels: Labels) -> DataSet:
+    images, where = (folder / "RGB").glob("*.png"), folder / "GT" / "LABELS"
+    layout = DATASETS["synthia"].layout
+    pairs = pair(images, lambda p: where / p.name, labels, folder / "RGB", layout)
     labelled = tuple(c for c in CLASSES if c not in SYNTHIA_ABSENT)
-    return DataSet("synthia", CLASSES, labelled, size or (760, 1280), (512, 1024), pairs)
+    return DataSet("synthia", CLASSES, labelled, size, (512, 1024), pairs)
 
 
-def _open_cityscapes(folder, role, split, size, labels) -> DataSet:
+def open_cityscapes(folder: Path, split: str, size: Size, labels: Labels) -> DataSet:
     where = folder / "leftImg8bit" / split
 
     def label_of(image: Path) -> Path:
         stem = image.name.removesuffix("_leftImg8bit.png")
         return folder / "gtFine" / split / image.parent.name / f"{stem}_gtFine_labelIds.png"
 
-    images = list(where.glob("*/*_leftImg8bit.png"))
-    pairs = _pairs(images, label_of, labels, where, LAYOUTS["cityscapes"])
-    return DataSet("cityscapes", CLASSES, CLASSES, size or (512, 1024), (512, 1024), pairs)
+    images = where.glob("*/*_leftImg8bit.png")
+    pairs = pair(images, label_of, labels, where, DATASETS["cityscapes"].layout)
+    return DataSet("cityscapes", CLASSES, CLASSES, size, (512, 1024), pairs)
 
 
 # Scenes of streets by domain and split: the first index and how many. Splits share no scene.
@@ -262,48 +238,90 @@ STREETS = {
 }
 
 
-def _open_streets(role, split, size, shift) -> DataSet:
+def open_streets(role: str, split: str, size: Size, shift: tuple) -> DataSet:
     domain = {"source": "game", "target": "city"}[role]
-    if (domain, split) not in STREETS:
-        raise ValueError(f"streets has no split {split!r}: use train or val")
     first, count = STREETS[domain, split]
     items = tuple((index, domain, *shift) for index in range(first, first + count))
-    size = size or (64, 128)
     return DataSet("streets", CLASSES, CLASSES, size, size, items)
 
 
 FOLDER_SHORT_SIDE = 144  # what a laptop trains in minutes; --tgt-size or --src-size asks for more
 
 
-def _open_folder(folder, role, split, size, labels) -> DataSet:
+def open_folder(folder: Path, split: str, size: Size | None, labels: Labels) -> DataSet:
     names, _ = read_classes(folder / "classes.json")
     where = folder / "images" / split
-    found = where.rglob("*")
-    images = [p for p in found if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+    images = [p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()]
 
     def label_of(image: Path) -> Path:
         return (folder / "labels" / split / image.relative_to(where)).with_suffix(".png")
 
-    pairs = _pairs(images, label_of, labels, where, LAYOUTS["folder"])
+    pairs = pair(images, label_of, labels, where, DATASETS["folder"].layout)
     if size is None:  # the aspect of the first image
-        width, height = _header(pairs[0][0]).size
+        width, height = read_header(pairs[0][0]).size
         scale = FOLDER_SHORT_SIDE / min(height, width)
         size = (8 * round(height * scale / 8), 8 * round(width * scale / 8))
     return DataSet("folder", names, names, size, size, pairs)
 
 
-OPENERS = {
-    "gta5": _open_gta5,
-    "synthia": _open_synthia,
-    "cityscapes": _open_cityscapes,
-    "folder": _open_folder,
+class Kind(NamedTuple):
+    """A row of DATASETS: what is known of a data set before a file is read."""
+
+    opener: Callable[..., DataSet]  # (folder, split, size, labels); streets has its own
+    layout: str  # where its files belong, for messages
+    folder: str | None  # its place under --data
+    splits: tuple[str, ...]  # (): one for each folder of that name
+    size: Size | None  # that its images are resized to; None: it follows from the first image
+    to_train_ids: np.ndarray | None = None  # by id on disk; None: in its classes.json, or drawn
+    read_ids: Callable[[Path], np.ndarray] = read_indices
+    tolerance: float = 0.0  # by which share the sizes of an image and its label may differ
+
+
+DATASETS = {
+    "gta5": Kind(
+        open_gta5,
+        "put images/ and labels/ into GTA5/ under --data, or name their own folder",
+        "GTA5",
+        ("train",),
+        (720, 1280),
+        TO_TRAIN_IDS["gta5"],
+        tolerance=0.02,
+    ),
+    "synthia": Kind(
+        open_synthia,
+        "put RGB/ and GT/LABELS/ into SYNTHIA/RAND_CITYSCAPES/ under --data, or name their own "
+        "folder",
+        "SYNTHIA/RAND_CITYSCAPES",
+        ("train",),
+        (760, 1280),
+        TO_TRAIN_IDS["synthia"],
+        read_synthia_ids,
+    ),
+    "cityscapes": Kind(
+        open_cityscapes,
+        "put leftImg8bit/ and gtFine/ into Cityscapes/ under --data, or name their own folder",
+        "Cityscapes",
+        ("train", "val", "test"),
+        (512, 1024),
+        TO_TRAIN_IDS["cityscapes"],
+    ),
+    "folder": Kind(
+        open_folder, "name a folder with images/, labels/ and classes.json", None, (), None
+    ),
+    "streets": Kind(open_streets, "it is drawn", None, ("train", "val"), (64, 128)),
 }
-NAMES = (*OPENERS, "streets")
+TARGETS = tuple(k for k, kind in DATASETS.items() if not kind.splits or "val" in kind.splits)
+
+
+def default_folder(name: str, data: Path) -> Path | None:
+    """Where a data set lies under the folder of data sets; None where it has no such place."""
+    inside = DATASETS[name].folder
+    return data / inside if inside else None
 
 
 @lru_cache
 def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """classes.json of a folder: names by label id, and the table from label id to train id.
+    """classes.json of a folder: names by label id, and the map from label id to train id.
 
     {"names": ["sky", ...], "ignore": [11]}: id i is names[i]; the ids of `ignore` are unlabelled.
     Names that Cityscapes has too are what lets two data sets meet.
@@ -327,22 +345,22 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
             f"{path} is not a class list ({error}): write "
             '{"names": ["road", ...], "ignore": [255]}'
         ) from error
-    return tuple(names), _table(ignore, {i: i for i in range(len(names))})
+    return tuple(names), id_table(ignore, {i: i for i in range(len(names))})
 
 
 # Reading samples.
 
 
 @lru_cache(maxsize=4096)  # every scene of the default run is drawn once, in some 90 MB
-def _small_street(item: tuple, size) -> tuple[np.ndarray, np.ndarray]:
+def draw_small_street(item: tuple, size) -> tuple[np.ndarray, np.ndarray]:
     index, domain, shift, layout = item
     return streets.render(index, domain, size=size, shift=shift, layout=layout)
 
 
-def _street(item: tuple, size) -> tuple[np.ndarray, np.ndarray]:
+def draw_street(item: tuple, size) -> tuple[np.ndarray, np.ndarray]:
     if size[0] * size[1] > 256 * 256:  # a cache would take gigabytes
-        return _small_street.__wrapped__(item, size)
-    return _small_street(item, size)
+        return draw_small_street.__wrapped__(item, size)
+    return draw_small_street(item, size)
 
 
 def image_name(dataset: DataSet, i: int) -> str:
@@ -354,19 +372,19 @@ def image_name(dataset: DataSet, i: int) -> str:
 def image_at(dataset: DataSet, i: int) -> np.ndarray:
     """Image i at its own size, H W 3 uint8 RGB."""
     if dataset.name == "streets":
-        return _street(dataset.items[i], dataset.size)[0]
+        return draw_street(dataset.items[i], dataset.size)[0]
     return read_image(dataset.items[i][0])
 
 
 def label_at(dataset: DataSet, i: int) -> np.ndarray:
     """Label i at its own size, H W uint8 train ids of `dataset.classes`, 255 = unlabelled."""
     if dataset.name == "streets":
-        return _street(dataset.items[i], dataset.size)[1]
+        return draw_street(dataset.items[i], dataset.size)[1]
     image, path = dataset.items[i]
     if dataset.name != "folder":
         return read_label(path, dataset.name)
     root = next(p for p in image.parents if (p / "classes.json").is_file())
-    return _train_ids(_indices(_open(path), path), read_classes(root / "classes.json")[1], path)
+    return map_ids(read_indices(path), read_classes(root / "classes.json")[1], path)
 
 
 def check_pair(dataset: DataSet, i: int, image: np.ndarray, label: np.ndarray) -> None:
@@ -375,7 +393,7 @@ def check_pair(dataset: DataSet, i: int, image: np.ndarray, label: np.ndarray) -
     GTA5 as published has a few pairs that differ by some pixels; both are resized to one grid.
     """
     a, b = np.array(image.shape[:2]), np.array(label.shape)
-    allowed = 0.02 if dataset.name == "gta5" else 0.0
+    allowed = DATASETS[dataset.name].tolerance
     if (np.abs(a / b - 1) > allowed).any():
         raise ValueError(
             f"{dataset.items[i][1]} is {b[1]}x{b[0]} but its image is {a[1]}x{a[0]}: "
@@ -396,16 +414,16 @@ def resize(pixels: np.ndarray, size, box=None) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _order(length: int, seed: int, domain: int, epoch: int) -> np.ndarray:
+def epoch_order(length: int, seed: int, domain: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, domain, epoch]).permutation(length)
 
 
 def sample_index(n: int, length: int, seed: int, domain: int) -> int:
     """Which image the n-th sample of a domain is: every epoch a new order, no image left out."""
-    return int(_order(length, seed, domain, n // length)[n % length])
+    return int(epoch_order(length, seed, domain, n // length)[n % length])
 
 
-def _augment(pixels, size, scale, box, mirror):
+def augment(pixels, size, scale, box, mirror):
     """Crop `box` (in units of `size`), resize to scale times its size, mirror."""
     y0, x0, y1, x1 = box
     ratio_y, ratio_x = pixels.shape[0] / size[0], pixels.shape[1] / size[1]
@@ -416,7 +434,7 @@ def _augment(pixels, size, scale, box, mirror):
     return pixels[:, ::-1] if mirror else pixels
 
 
-def _jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+def jitter_colours(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Another gain and offset for each colour, up to `strength` of the range."""
     if not strength:
         return image
@@ -424,7 +442,7 @@ def _jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.
     return np.clip(image * (1 + gain) + 255 * offset, 0, 255).astype(np.uint8)
 
 
-def _domain_batch(step, dataset, domain, hyper: Hyper, seed, rank, world, labels: bool):
+def domain_batch(step, dataset, domain, hyper: Hyper, seed, rank, world, labels: bool):
     """Images (and labels) of one domain for one step; one scale, so that they can be stacked."""
     rng = np.random.default_rng([seed, domain, step, rank])
     scale = rng.choice(hyper.scales, p=hyper.scale_probs)
@@ -436,12 +454,12 @@ def _domain_batch(step, dataset, domain, hyper: Hyper, seed, rank, world, labels
         y, x = (int(rng.integers(0, s - c + 1)) for s, c in zip(dataset.size, crop, strict=True))
         box, mirror = (y, x, y + crop[0], x + crop[1]), rng.random() < hyper.mirror
         image = image_at(dataset, i)
-        images.append(_augment(image, dataset.size, scale, box, mirror))
+        images.append(augment(image, dataset.size, scale, box, mirror))
         if labels:
             label = label_at(dataset, i)
             check_pair(dataset, i, image, label)
-            targets.append(_augment(label, dataset.size, 1.0, box, mirror))
-            images[-1] = _jitter(images[-1], hyper.jitter, rng)
+            targets.append(augment(label, dataset.size, 1.0, box, mirror))
+            images[-1] = jitter_colours(images[-1], hyper.jitter, rng)
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # B 3 H' W', channels last
     return stacked, torch.from_numpy(np.stack(targets)) if labels else None, tuple(crop)
 
@@ -454,14 +472,14 @@ def batch_at(
     target None: a step on the source alone.
     rank and world: which of how many processes asks; their samples are disjoint.
     """
-    images, labels, _ = _domain_batch(step, source, 0, hyper, seed, rank, world, labels=True)
+    images, labels, _ = domain_batch(step, source, 0, hyper, seed, rank, world, labels=True)
     if target is None:
         return Batch(images, labels, None, None)
-    t_images, _, t_size = _domain_batch(step, target, 1, hyper, seed, rank, world, labels=False)
+    t_images, _, t_size = domain_batch(step, target, 1, hyper, seed, rank, world, labels=False)
     return Batch(images, labels, t_images, t_size)
 
 
-def _or_error(function, *args, **options):
+def or_error(function, *args, **options):
     """The result, or the ValueError as a value: raised in a worker it arrives as a traceback."""
     try:
         return function(*args, **options)
@@ -495,8 +513,8 @@ class Steps(torch.utils.data.Dataset):
         return self.hyper.steps
 
     def __getitem__(self, step: int) -> Batch | ValueError:
-        target = self.target if is_adversarial(step, self.hyper) else None
-        return _or_error(batch_at, step, self.source, target, self.hyper, **self.place)
+        target = self.target if uses_target(step, self.hyper) else None
+        return or_error(batch_at, step, self.source, target, self.hyper, **self.place)
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -509,10 +527,10 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int):
-        return _or_error(_pair_at, self.dataset, i)
+        return or_error(pair_at, self.dataset, i)
 
 
-def _pair_at(dataset: DataSet, i: int):
+def pair_at(dataset: DataSet, i: int):
     image, label = image_at(dataset, i), label_at(dataset, i)
     check_pair(dataset, i, image, label)
     resized = np.array(resize(image, dataset.size))  # a copy that torch may write to
@@ -525,8 +543,8 @@ def _pair_at(dataset: DataSet, i: int):
 def shared_classes(source: DataSet, target: DataSet) -> tuple[np.ndarray, tuple, tuple]:
     """How a network of the source's classes is scored on the target's labels.
 
-    Returns (table, scored, left_out): the uint8 table from the target's train ids to the source's
-    (255 where the source lacks the class), the names both have, in the source's order, and the
+    Returns (to_source_ids, scored, left_out): by the target's train id the source's, 256 uint8
+    (255 where the source lacks the class); the names both have, in the source's order; and the
     names that only one side has.
     """
     scored = tuple(c for c in source.classes if c in source.labelled and c in target.labelled)
@@ -535,12 +553,12 @@ def shared_classes(source: DataSet, target: DataSet) -> tuple[np.ndarray, tuple,
             f"{source.name} and {target.name} share no class name: name the classes of "
             f"classes.json as Cityscapes does ({', '.join(CLASSES)})"
         )
-    table = np.full(256, IGNORE, np.uint8)
+    to_source_ids = np.full(256, IGNORE, np.uint8)
     for i, name in enumerate(target.classes):
         if name in scored:
-            table[i] = source.classes.index(name)
+            to_source_ids[i] = source.classes.index(name)
     every = dict.fromkeys((*source.labelled, *target.labelled))
-    return table, scored, tuple(c for c in every if c not in scored)
+    return to_source_ids, scored, tuple(c for c in every if c not in scored)
 
 
 # Checking a data set.
@@ -576,7 +594,7 @@ def check(dataset: DataSet, console: Console) -> list[str]:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Check every file of a data set.")
-    parser.add_argument("dataset", choices=NAMES)
+    parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data sets")
     parser.add_argument("--dir", type=Path, help="the data set's own folder, instead of --data")
     parser.add_argument("--split", default="train")
@@ -584,18 +602,12 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         folder = args.dir or default_folder(args.dataset, args.data)
-        dataset = open_dataset(args.dataset, args.role, args.split, folder, labels=None)
+        dataset = open_dataset(args.dataset, args.role, args.split, folder, labels="unchecked")
         return 1 if check(dataset, Console()) else 0
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: nothing was written")
-
-
-def default_folder(name: str, data: Path) -> Path | None:
-    """Where a data set lies under the folder of data sets; None where it has no such place."""
-    inside = {"gta5": "GTA5", "synthia": "SYNTHIA/RAND_CITYSCAPES", "cityscapes": "Cityscapes"}
-    return data / inside[name] if name in inside else None
 
 
 if __name__ == "__main__":

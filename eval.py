@@ -12,9 +12,8 @@ Shapes: B images, C classes, H W pixels. The last checkpoint of a run is its res
 
 import argparse
 import json
-import os
-import platform
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,17 @@ from rich.table import Table
 
 import data
 from checkpoints import newest_checkpoint, read_metadata
-from models import Generator, load_weights
+from classes import CLASSES, LABEL_IDS, SYNTHIA_13, SYNTHIA_ABSENT, palette_of
+from devices import (
+    find_device,
+    join_processes,
+    leave_processes,
+    ranks,
+    share_buffers,
+    uses_bfloat16,
+)
+from methods import METHODS
+from weights import load_generator
 
 
 def confusion_matrix(
@@ -62,36 +71,6 @@ def iou(confusion: torch.Tensor) -> torch.Tensor:
 # Running a network over a split.
 
 
-def find_device(name: str = "auto") -> torch.device:
-    """cpu, cuda, cuda:1, or for "auto" the GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun each process has its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported: use cpu, cuda, cuda:1 or auto")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # what torch raises differs by its build
-        first = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} is not to be had here ({first}): use cpu") from error
-
-
-def uses_bfloat16(amp: str, device: torch.device) -> bool:
-    """Whether a run with this --amp computes in bfloat16 on this device."""
-    return amp == "bf16" or (amp == "auto" and device.type == "cuda")
-
-
-def machine(device: torch.device) -> str:
-    """The device in words, for the line under a result."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 @torch.no_grad()
 def predict(G, images: torch.Tensor, sizes, amp: bool = False) -> list[torch.Tensor]:
     """Train ids (uint8 H W) of B 3 h w uint8 images, each at its own full size of `sizes`.
@@ -122,46 +101,24 @@ def best_class(logits: torch.Tensor, size) -> torch.Tensor:
     return pred
 
 
-def ranks() -> tuple[int, int]:
-    """This process's number among those of torchrun and how many they are; (0, 1) without it."""
-    group = torch.distributed
-    there = group.is_available() and group.is_initialized()
-    return (group.get_rank(), group.get_world_size()) if there else (0, 1)
-
-
-def join_processes(device: torch.device) -> None:
-    """Under torchrun, meet the other processes: each has its own GPU, or all share the CPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # gloo beside nccl: what is agreed between processes must not make the device wait
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, rank, world = next(torch.distributed.rendezvous("env://"))
-    # torch 2.13 leaves the addresses of killed processes in the store when torchrun starts anew
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = torch.distributed.PrefixStore(attempt, store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-
-
-def leave_processes() -> None:
-    """The end of `join_processes`, where all have come to theirs: to exit without it can abort."""
-    if ranks()[1] > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
 def evaluate(
-    G, dataset: data.DataSet, table: np.ndarray, *, device="cpu", amp=False, workers=0, save=None
+    G,
+    dataset: data.DataSet,
+    to_source_ids: np.ndarray,
+    *,
+    device: torch.device | str = "cpu",
+    amp: bool = False,
+    workers: int = 0,
+    save: Callable[[int, np.ndarray], None] | None = None,
 ) -> torch.Tensor:
     """The confusion matrix (C x C, on the CPU) of G over a split.
 
-    table: uint8, from the split's train ids to G's classes (data.shared_classes). save: called
-    with (index, prediction H W uint8) for each image. Leaves G in evaluation mode. Several
-    processes share the images, and each returns the matrix of all.
+    to_source_ids: 256 uint8, from the split's train ids to G's classes (data.shared_classes).
+    save: called with (index, prediction H W uint8) for each image. Leaves G in evaluation mode.
+    Several processes share the images, and each returns the matrix of all.
     """
     rank, world = ranks()
-    to_source = torch.from_numpy(table).to(device)
+    to_source = torch.from_numpy(to_source_ids).to(device)
     confusion = torch.zeros(G.num_classes, G.num_classes, dtype=torch.int64, device=device)
     batch = 16 if dataset.size[0] * dataset.size[1] <= 256 * 512 else 1
     loader = torch.utils.data.DataLoader(
@@ -191,25 +148,36 @@ def scores(confusion: torch.Tensor, classes, scored) -> dict:
     """{"miou", "iou" by name} over the scored classes. A class in neither counts in no mean."""
     by_name = dict(zip(classes, iou(confusion).tolist(), strict=True))
     by_name = {name: by_name[name] for name in scored}
-    there = [value for value in by_name.values() if not np.isnan(value)]
-    if not there:
+    present = [value for value in by_name.values() if not np.isnan(value)]
+    if not present:
         raise ValueError(f"no labelled pixel of {', '.join(scored)}: check labels and classes.json")
     absent_is_none = {k: None if np.isnan(v) else v for k, v in by_name.items()}  # null in JSON
-    return {"miou": float(np.mean(there)), "iou": absent_is_none}
+    return {"miou": float(np.mean(present)), "iou": absent_is_none}
 
 
-# Weights.
+def report(confusion: torch.Tensor, source: data.DataSet, target: data.DataSet) -> dict:
+    """The scores of a confusion matrix, with the classes that were left out named."""
+    _, scored, left_out = data.shared_classes(source, target)
+    result = scores(confusion, source.classes, scored)
+    if source.name == "synthia" and target.name == "cityscapes":
+        result["miou_13"] = scores(confusion, source.classes, SYNTHIA_13)["miou"]
+    return result | {"left_out": list(left_out), "images": len(target)}
 
 
-def load_generator(path: Path, *, backbone="r101", lineage=None, classes=data.CLASSES, say=print):
-    """(G, metadata) of a checkpoint; the other arguments are for files that do not say."""
-    meta = read_metadata(path)
-    if meta:
-        backbone, lineage = meta["settings"]["backbone"], meta["settings"]["lineage"]
-        classes = meta["classes"]
-    G = Generator(backbone, len(classes), lineage)
-    load_weights(G, path, say=say)
-    return G, meta
+def score(
+    G,
+    source: data.DataSet,
+    target: data.DataSet,
+    *,
+    device: torch.device,
+    amp: bool = False,
+    workers: int = 0,
+) -> dict:
+    """IoU of G on a split of the target, by the classes that it shares with the source."""
+    share_buffers(G)
+    to_source_ids, _, _ = data.shared_classes(source, target)
+    how = {"device": device, "amp": amp, "workers": workers}
+    return report(evaluate(G, target, to_source_ids, **how), source, target)
 
 
 # Tables and pictures.
@@ -220,7 +188,7 @@ def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
     if tgt != "cityscapes" or src not in ("gta5", "synthia"):
         return None
     tables = json.loads((Path(__file__).parent / "docs" / "paper_tables.json").read_text())
-    name = {"source": "source only", "tan": "TAN", "clan": "CLAN"}[method]
+    name = METHODS[method].label
     short = {"light": "traffic light", "sign": "traffic sign"}
     for row in tables[src]:
         if row["method"] == name and row["backbone"] == backbone:
@@ -252,17 +220,7 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def palette_of(classes) -> np.ndarray:
-    """Colours by train id, 256 x 3 uint8: those of Cityscapes by name, a hue for other names."""
-    known = dict(zip(data.CLASSES, data.PALETTE, strict=True))
-    palette = np.zeros((256, 3), np.uint8)
-    for i, name in enumerate(classes):
-        rng = np.random.default_rng(i)
-        palette[i] = known.get(name, rng.integers(40, 256, 3))
-    return palette
-
-
-def picture(rows: list[list[tuple[str, np.ndarray]]], classes) -> Figure:
+def picture(rows: list[list[tuple[str, np.ndarray]]], classes: Sequence[str]) -> Figure:
     """Titled panels; H W arrays are coloured as train ids, with a legend."""
     palette = palette_of(classes)
     height, width = rows[0][0][1].shape[:2]
@@ -271,7 +229,7 @@ def picture(rows: list[list[tuple[str, np.ndarray]]], classes) -> Figure:
     h = 3.2 * len(rows) * height / width + 0.9
     figure = Figure(figsize=(w, h), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
-    shown = set()
+    shown: set[int] = set()
     for row, panels in zip(axes, rows, strict=True):
         for ax, (title, pixels) in zip(row, panels, strict=True):
             if pixels.ndim == 2:
@@ -292,27 +250,39 @@ def overlay(image: np.ndarray, pred: np.ndarray, classes) -> np.ndarray:
     return (0.5 * image + 0.5 * palette_of(classes)[pred]).astype(np.uint8)
 
 
-def report(confusion, source: data.DataSet, target: data.DataSet) -> dict:
-    """The scores of a confusion matrix, with the classes that were left out named."""
-    _, scored, left_out = data.shared_classes(source, target)
-    result = scores(confusion, source.classes, scored)
-    if source.name == "synthia" and target.name == "cityscapes":
-        result["miou_13"] = scores(confusion, source.classes, data.SYNTHIA_13)["miou"]
-    return result | {"left_out": list(left_out), "images": len(target)}
+def draw(
+    dataset: data.DataSet,
+    to_source_ids: np.ndarray,
+    networks: dict,
+    device: torch.device,
+    classes: Sequence[str],
+    count: int = 2,
+) -> Figure:
+    """The first images of a split: image, each network's prediction, truth."""
+    rows = []
+    for i in range(min(count, len(dataset))):
+        _, image, label = data.Pairs(dataset)[i]
+        label = label.numpy()
+        row = [("target image", data.image_at(dataset, i))]
+        for name, G in networks.items():
+            pred = predict(G, image[None].to(device), [label.shape])[0].cpu().numpy()
+            row.append((name, pred))
+        rows.append([*row, ("truth", to_source_ids[label])])
+    return picture(rows, classes)
 
 
 # Programs.
 
 
-def save_labels(folder: Path, dataset: data.DataSet, classes):
+def save_labels(folder: Path, dataset: data.DataSet, classes: Sequence[str]):
     """A `save` for evaluate(): labelIds PNGs, named and coded as the official scorer takes them."""
-    if tuple(classes) != data.CLASSES:
+    if tuple(classes) != CLASSES:
         raise ValueError("--save-predictions writes Cityscapes labelIds: the run has other classes")
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(i: int, pred: np.ndarray) -> None:
         stem = Path(data.image_name(dataset, i)).stem.removesuffix("_leftImg8bit")
-        Image.fromarray(data.LABEL_IDS[pred]).save(folder / f"{stem}_pred_labelIds.png")
+        Image.fromarray(LABEL_IDS[pred]).save(folder / f"{stem}_pred_labelIds.png")
 
     return save
 
@@ -320,22 +290,22 @@ def save_labels(folder: Path, dataset: data.DataSet, classes):
 def evaluate_main(args: argparse.Namespace) -> None:
     console = Console()
     path = newest_checkpoint(args.run)
-    meta = read_metadata(path)
-    settings = meta.get("settings", {})
+    metadata = read_metadata(path)
+    settings = metadata.get("settings", {})
     src, tgt = args.src or settings.get("src"), args.tgt or settings.get("tgt")
     if not (src and tgt):
         raise ValueError(f"{path} does not say its data sets: give --src and --tgt")
 
-    def folder_of(name: str, own: Path | None, key: str) -> Path | None:
+    def folder_of(name: str, flag: Path | None, key: str) -> Path | None:
         saved = settings.get(key) if settings.get(key.split("_")[0]) == name else None
         root = args.data or Path(settings.get("data", "data"))
-        return own or (saved and Path(saved)) or data.default_folder(name, root)
+        return flag or (saved and Path(saved)) or data.default_folder(name, root)
 
-    size = args.tgt_size or (meta.get("tgt_size") if tgt == settings.get("tgt") else None)
+    size = args.tgt_size or (metadata.get("tgt_size") if tgt == settings.get("tgt") else None)
     tgt_dir = folder_of(tgt, args.tgt_dir, "tgt_dir")
     shift = settings.get("shift", (0.5, 0.5))
     target = data.open_dataset(tgt, "target", args.split, tgt_dir, size, shift=shift)
-    source = source_classes(src, meta, folder_of(src, args.src_dir, "src_dir"))
+    source = source_classes(src, metadata, folder_of(src, args.src_dir, "src_dir"))
     G, _ = load_generator(
         path,
         backbone=args.backbone,
@@ -346,10 +316,11 @@ def evaluate_main(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     join_processes(device)
     G = G.to(device, memory_format=torch.channels_last)
-    table, _, _ = data.shared_classes(source, target)
+    to_source_ids, _, _ = data.shared_classes(source, target)
     save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
     amp = uses_bfloat16(settings.get("amp", "off"), device)  # as its training does
-    confusion = evaluate(G, target, table, device=device, amp=amp, workers=args.workers, save=save)
+    how = {"device": device, "amp": amp, "workers": args.workers, "save": save}
+    confusion = evaluate(G, target, to_source_ids, **how)
     rank, _ = ranks()
     leave_processes()
     if rank > 0:  # one of several processes shows and writes
@@ -363,10 +334,10 @@ def evaluate_main(args: argparse.Namespace) -> None:
     if result["left_out"]:
         console.print(f"left out, on one side only: {', '.join(result['left_out'])}")
     result |= {"checkpoint": str(path), "settings": settings}
-    own = not settings or (tgt, args.split) == (settings["tgt"], "val")
-    name = "eval" if own else f"eval-{tgt}-{args.split}"  # another score than the run's own
+    of_the_run = not settings or (tgt, args.split) == (settings["tgt"], "val")
+    name = "eval" if of_the_run else f"eval-{tgt}-{args.split}"  # another score than the run's own
     (out / f"{name}.json").write_text(json.dumps(result, indent=1))
-    figure = draw(target, table, {"prediction": G}, device, source.classes)
+    figure = draw(target, to_source_ids, {"prediction": G}, device, source.classes)
     figure.savefig(out / f"{name}.png", dpi=DPI)
     console.print(
         f"{path}: mIoU {100 * result['miou']:.1f} over {len(target)} images; "
@@ -375,43 +346,31 @@ def evaluate_main(args: argparse.Namespace) -> None:
     )
 
 
-def source_classes(src: str, meta: dict, folder: Path | None) -> data.DataSet:
+def source_classes(src: str, metadata: dict, folder: Path | None) -> data.DataSet:
     """The source as far as evaluation needs it: its class names. A checkpoint carries them."""
-    classes = tuple(meta.get("classes", data.CLASSES))
-    if not meta and src == "folder":
+    classes = tuple(metadata.get("classes", CLASSES))
+    if not metadata and src == "folder":
         if folder is None:
             raise ValueError("the classes of these weights are unknown: name their --src-dir")
         classes, _ = data.read_classes(Path(folder) / "classes.json")
-    absent = data.SYNTHIA_ABSENT if src == "synthia" else ()
+    absent = SYNTHIA_ABSENT if src == "synthia" else ()
     labelled = tuple(c for c in classes if c not in absent)
     return data.DataSet(src, classes, labelled, (0, 0), (0, 0), ())
-
-
-def draw(dataset, table, networks: dict, device, classes, count: int = 2) -> Figure:
-    """The first images of a split: image, each network's prediction, truth."""
-    rows = []
-    for i in range(min(count, len(dataset))):
-        _, image, label = data.Pairs(dataset)[i]
-        label = label.numpy()
-        row = [("target image", data.image_at(dataset, i))]
-        for name, G in networks.items():
-            pred = predict(G, image[None].to(device), [label.shape])[0].cpu().numpy()
-            row.append((name, pred))
-        rows.append([*row, ("truth", table[label])])
-    return picture(rows, classes)
 
 
 def predict_main(args: argparse.Namespace) -> None:
     console = Console()
     path = newest_checkpoint(args.run)
-    G, meta = load_generator(path, backbone=args.backbone, lineage=args.lineage, say=console.print)
-    classes = meta.get("classes", data.CLASSES)
+    G, metadata = load_generator(
+        path, backbone=args.backbone, lineage=args.lineage, say=console.print
+    )
+    classes = metadata.get("classes", CLASSES)
     device = find_device(args.device)
     G = G.to(device, memory_format=torch.channels_last)
     paths = sorted(p for p in args.images.rglob("*") if p.suffix.lower() in data.SUFFIXES)
     if not paths:
         raise ValueError(f"no png, jpg or jpeg in {args.images}: name a folder of photographs")
-    short = args.short_side or min(meta.get("tgt_size", (512,)))
+    short = args.short_side or min(metadata.get("tgt_size", (512,)))
     names = [p.with_suffix("") for p in paths]
     for name in names:
         if names.count(name) > 1:
@@ -452,7 +411,7 @@ def main(argv=None) -> None:
         command.add_argument("--short-side", type=int, help="size the network sees; the run's own")
         run, args = predict_main, command.parse_args(argv[1:])
     else:
-        names = data.NAMES
+        names = tuple(data.DATASETS)
         command.add_argument("--src", choices=names, help="whose classes G has; the run's own")
         command.add_argument("--tgt", choices=names, help="data set to score on; the run's own")
         command.add_argument("--split", default="val")

@@ -42,7 +42,10 @@ def segmentation_loss(
     return loss.sum() / (labels != ignore_index).sum().clamp(min=1)
 
 
-def weight_discrepancy(weights_1, weights_2) -> torch.Tensor:
+def weight_discrepancy(
+    weights_1: list[torch.Tensor] | tuple[torch.Tensor, ...],
+    weights_2: list[torch.Tensor] | tuple[torch.Tensor, ...],
+) -> torch.Tensor:
     """Cosine of the angle between the two classifiers' weights (Eq. 4).
 
     weights_1, weights_2: sequences of tensors, ordered alike and of equal sizes, any shapes:

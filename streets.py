@@ -27,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from classes import CLASSES, PALETTE
+
 # ---- Calibration of the gap between the domains: each is the strength at shift = 1. -------------
 PALETTE_SHIFT = 1.0  # way from game's to city's colours; by far the strongest knob
 HAZE = 0.6  # share of fog in what is far away
@@ -619,8 +621,6 @@ def _photograph(canvas, rng, light, shift):
 
 def _sheet(count: int, size: tuple[int, int]) -> np.ndarray:
     """Contact sheet uint8: a row per scene of game image, its labels, city image, its labels."""
-    from data import PALETTE  # here, because data imports this file
-
     rows = []
     for index in range(count):
         row = []
@@ -649,8 +649,6 @@ def main():
     args = parser.parse_args()
 
     from PIL import Image
-
-    from data import CLASSES
 
     Image.fromarray(_sheet(args.count, tuple(args.size))).save(args.out)
     (fast, pixels, images), (fast2, pixels2, images2) = map(_statistics, DOMAINS)

@@ -1,0 +1,192 @@
+"""What a run reports while it trains, and how it is asked to stop.
+
+    log = Log(out / "metrics.jsonl", start, hyper, every=50, console=Console())
+    with log.bar, Stop() as stop:
+        log.add(step + 1, terms, images=8)      # scalars, read when they have arrived
+
+Here a NaN is caught (`Log.read`) and a D that is stuck is named (`Log.watch`).
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from torch import Tensor
+
+from checkpoints import saved, to_disk
+from clan import Hyper, Terms
+
+# When to warn: D's mean probability of "source" beyond SURE, or below 1 - SURE, for STUCK steps.
+SURE, STUCK = 0.999, 200
+D_WON = "try a smaller --lr-d, or a larger --lambda-adv"
+D_LOST = "try a smaller --lr-d, or a smaller --lambda-adv"
+
+
+class Log:
+    """metrics.jsonl, the progress shown, and the watch over what a run computes.
+
+    The scalars of a step travel to the host while the device goes on. Each is read as soon as it
+    has arrived (on a CPU at once), so that no step waits and a NaN is named with its step. Of
+    several processes each watches its own scalars; the first alone has a `path` to write to.
+    """
+
+    def __init__(self, path: Path | None, start: int, hyper: Hyper, every: int, console: Console):
+        self.file = path and self.open(path, start)
+        self.hyper, self.every, self.console = hyper, every, console
+        self.pending: deque[tuple[int, list[str], Tensor, Any]] = deque()
+        self.images, self.since = 0, time.monotonic()
+        self.stuck: dict[str, int] = {}
+        self.bar = Progress(
+            *("{task.description}", BarColumn(), "{task.completed}/{task.total}"),
+            *(TimeRemainingColumn(), "{task.fields[terms]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("steps", total=hyper.steps, completed=start, terms="")
+
+    @staticmethod
+    def open(path: Path, start: int) -> TextIO:
+        """The file with its lines up to `start`, to go on from there."""
+        text = path.read_text() if start and path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a kill can leave half a line behind
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        to_disk(temporary)
+        temporary.replace(path)
+        return path.open("a", buffering=1)
+
+    def add(self, step: int, terms: Terms, images: int) -> None:
+        """The terms of a step, and how many images it took; here steps count from 1."""
+        values: Tensor = torch.stack(list(terms.values()))
+        arrived: Any = None  # the event after the copy; None on a CPU
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.pending.append((step, list(terms), values, arrived))
+        self.images += images
+        self.read()
+
+    def read(self, wait: bool = False) -> None:
+        """Read the terms that have arrived, or with `wait` all of them.
+
+        Raises FloatingPointError for one that is not finite.
+        """
+        while self.pending:
+            step, names, values, arrived = self.pending[0]
+            if arrived is not None and not wait and not arrived.query():
+                return
+            if arrived is not None:
+                arrived.synchronize()
+            self.pending.popleft()
+            terms = dict(zip(names, values.tolist(), strict=True))
+            wrong = [name for name, value in terms.items() if not math.isfinite(value)]
+            if wrong:
+                shown = ", ".join(f"{k} {v:.4g}" for k, v in terms.items())
+                raise FloatingPointError(f"{wrong[0]} is not finite at step {step}: {shown}")
+            self.watch(step, terms)
+            if step % self.every == 0 or step == self.hyper.steps:
+                self.record({"step": step} | {k: float(f"{v:.6g}") for k, v in terms.items()})
+                self.show(step, terms)
+
+    def watch(self, step: int, terms: dict[str, float]) -> None:
+        """Warn once of a D that wins, and once of one that loses, for STUCK steps in a row."""
+        if "d_source" not in terms:
+            return
+        source, target = terms["d_source"], terms["d_target"]
+        won = source > SURE and target < 1 - SURE
+        lost = min(source, target) > SURE or max(source, target) < 1 - SURE
+        for what, now, advice in (
+            ("D tells the domains apart with certainty, G learns nothing from it", won, D_WON),
+            ("D gives one answer for both domains, G learns nothing from it", lost, D_LOST),
+        ):
+            self.stuck[what] = self.stuck.get(what, 0) + 1 if now else 0
+            if self.stuck[what] == STUCK:
+                self.bar.console.print(
+                    f"warning: {what}, for {STUCK} steps up to step {step} (d_source {source:.4f}, "
+                    f"d_target {target:.4f}): {advice}",
+                    soft_wrap=True,
+                )
+
+    def record(self, line: dict) -> None:
+        if self.file is None:  # rank 0 alone writes
+            return
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{self.file.name} could not be written ({error}): make room, then go on with "
+                f"--resume {Path(self.file.name).parent}"
+            ) from error
+
+    def flush(self) -> None:
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
+    def show(self, step: int, terms: dict[str, float]) -> None:
+        seconds = time.monotonic() - self.since
+        speed = self.images / max(seconds, 1e-9)
+        text = " ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f" | {speed:.0f} images/s"
+        self.bar.update(self.task, completed=step, terms=text)
+        if not self.console.is_terminal and self.file:
+            print(f"step {step}/{self.hyper.steps} {text}", flush=True)
+        self.images, self.since = 0, time.monotonic()
+
+
+class Stopped(Exception):
+    """The run was asked to end before its last step, and has been saved."""
+
+
+class Stop:
+    """Ctrl-C or SIGTERM: the first asks the loop to save and end, the second ends at once.
+
+    Signals within `grace` seconds count as one: torchrun passes on a Ctrl-C that the process has
+    received itself.
+    """
+
+    asked = False
+
+    def __init__(self, grace: float = 0.0):
+        self.grace, self.since = grace, 0.0
+
+    def __enter__(self) -> "Stop":
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.ask) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and time.monotonic() - self.since >= self.grace:
+            raise KeyboardInterrupt
+        if self.asked:
+            return
+        self.asked, self.since = True, time.monotonic()
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def remedies(out: Path) -> Iterator[None]:
+    """Adds to a FloatingPointError which checkpoint is good and what to try."""
+    try:
+        yield
+    except FloatingPointError as error:
+        good = sorted(saved(out), key=lambda p: p.stat().st_mtime)
+        last = f"the last good checkpoint is {good[-1]}" if good else "none was saved before"
+        raise FloatingPointError(f"{error}; {last}; try a smaller --lr-g or --amp off") from error

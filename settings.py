@@ -1,0 +1,276 @@
+"""Settings of a run: their defaults by data set and backbone, and the flags made from them.
+
+    settings, hyper = configure({"src": "gta5", "backbone": "r101"})
+
+A run is described by Settings and by the numbers of its method (clan.Hyper). Each field of both is
+a flag, and its comment is the flag's help. The recipe comes first, then the defaults of the data
+set and the backbone, then the flags.
+"""
+
+import argparse
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import clan
+from checkpoints import newest_valid, read_metadata, saved
+from data import DATASETS, TARGETS
+from devices import launch
+from methods import METHODS, own_fields, unused_fields
+from models import BACKBONES, check_choice, lineage_for
+
+Flags = dict[str, Any]  # the flags that were given, by field
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is, apart from the algorithm (clan.Hyper)."""
+
+    src: str = "streets"  # labelled source
+    tgt: str = "auto"  # unlabelled target; auto: streets for streets, else cityscapes
+    data: Path = Path("data")  # folder that holds GTA5/, SYNTHIA/RAND_CITYSCAPES/, Cityscapes/
+    src_dir: Path | None = None  # the source's own folder, instead of its place in --data
+    tgt_dir: Path | None = None  # the target's own folder
+    src_size: tuple[int, int] | None = None  # H W the source is resized to; the data set's own
+    tgt_size: tuple[int, int] | None = None  # H W the target is resized to; the data set's own
+    backbone: str = "auto"  # auto: tiny for streets to streets, else r101
+    lineage: str | None = None  # whose ImageNet weights: caffe or torchvision; follows from --init
+    init: str = "auto"  # first weights of G: a file, imagenet or none; auto: none for tiny alone
+    shift: tuple[float, float] = (0.5, 0.5)  # of streets' city from its game: in look, in layout
+    recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
+    seed: int = 0  # of the initial weights, the order of the samples and their augmentation
+    out: Path | None = None  # run folder; runs/SRC-TGT-BACKBONE-METHOD-seedN
+    device: str = "auto"  # cpu, cuda, cuda:1; auto: the GPU if there is one
+    amp: Literal["auto", "off", "bf16"] = "auto"  # bfloat16 where it is safe; auto: on CUDA
+    compile: Literal["off", "on"] = "off"  # torch.compile of the two steps; CUDA alone, not run yet
+    workers: int = -1  # processes that read images; -1: the cores, at most 8, and none for streets
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between scores on the target's val split; 0: at the end alone
+    save_every: int = 1000  # steps between checkpoints
+    keep: int = 3  # checkpoints kept
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{flag_of(name)} must be at least {least}")
+        if not all(0 <= x <= 1 for x in self.shift):
+            raise ValueError(f"--shift {self.shift[0]} {self.shift[1]} must lie in [0, 1], both")
+        for side in ("src", "tgt"):
+            size = getattr(self, f"{side}_size")
+            if size and min(size) < 32:
+                raise ValueError(f"--{side}-size must be at least 32 32: D halves it five times")
+            if getattr(self, side) == "streets" and getattr(self, f"{side}_dir"):
+                raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
+        if self.tgt not in ("streets", "auto") and self.shift != (0.5, 0.5):
+            raise ValueError(f"--shift is of the city of streets: drop it, or --tgt {self.tgt}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies, once `configure` has named it."""
+        if self.out is None:
+            raise ValueError("these settings name no run folder: make them with configure")
+        return self.out
+
+
+LEAST = {"log_every": 1, "save_every": 1, "keep": 1, "eval_every": 0, "workers": -1, "seed": 0}
+
+# Settings that a resumed run may change: where things lie and run, and what is written when.
+# (Another device rounds differently; the bit-for-bit promise is for the same one.)
+FREE = {"data", "src_dir", "tgt_dir", "out", "device", "compile", "workers", "log_every"}
+FREE |= {"eval_every", "save_every", "keep"}
+
+# What a backbone changes in the recipe: tiny and lite0 learn in few steps, at larger rates, on the
+# source first.
+SMALL = {"batch": 4, "lr_g": 0.02, "head_lr": 1.0, "bn_affine": True, "batchnorm": "before"}
+SMALL |= {"crop": False, "lambda_adv": 0.005, "lr_d": 1e-4, "d_channels": 32}
+OF_BACKBONE: dict[str, Flags] = {
+    "tiny": SMALL | {"steps": 1350, "adv_start": 1100},
+    "lite0": SMALL | {"steps": 600, "adv_start": 350, "warmup": 0.05, "jitter": 0.2},
+}
+
+
+def defaults(settings: Settings) -> Flags:
+    """What the data set and the backbone change in the recipe."""
+    change = dict(OF_BACKBONE.get(settings.backbone, {}))
+    if settings.src == "synthia" and settings.recipe == "released":
+        change |= {"lambda_local": 10.0}
+    if settings.backbone == "tiny" and settings.recipe == "paper":
+        change |= {"detach_m": True}  # else M falls to near 0, and the weight to eps: RESULTS.md
+    return change
+
+
+def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
+    """Settings and hyper-parameters of a run: the recipe, its defaults, then the flags given."""
+    names = {field.name for field in fields(Settings)}
+    of_settings = {k: v for k, v in flags.items() if k in names}
+    src = of_settings.get("src", Settings.src)
+    if of_settings.get("tgt", "auto") == "auto":
+        of_settings["tgt"] = "streets" if src == "streets" else "cityscapes"
+    if of_settings.get("backbone", "auto") == "auto":
+        on_streets = (src, of_settings["tgt"]) == ("streets", "streets")
+        of_settings["backbone"] = "tiny" if on_streets else "r101"
+    if of_settings.get("init", "auto") == "auto":
+        of_settings["init"] = "none" if of_settings["backbone"] == "tiny" else "imagenet"
+    lineage = lineage_for(of_settings["backbone"], of_settings["init"])
+    of_settings.setdefault("lineage", lineage)
+    settings = Settings(**of_settings)
+
+    numbers = asdict(clan.RECIPES[settings.recipe]) | defaults(settings)
+    numbers |= {k: v for k, v in flags.items() if k not in names}
+    check_choice("method", numbers["method"], METHODS)
+    if settings.out is None:
+        task = f"{settings.src}-{settings.tgt}-{settings.backbone}"
+        name = f"{task}-{numbers['method']}-seed{settings.seed}"
+        of_settings["out"] = Path("runs") / name
+    return Settings(**of_settings), METHODS[numbers["method"]].numbers(**numbers)
+
+
+# The command line: one flag a field, its comment the help.
+
+CHOICES = {"src": DATASETS, "tgt": (*TARGETS, "auto"), "backbone": (*BACKBONES, "auto")}
+CHOICES |= {"method": METHODS}
+
+
+def comments(cls: type) -> dict[str, str]:
+    """The comment of each field of a dataclass."""
+    found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+    return dict(found)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    title: str | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """A flag for each field; one not given stays out of the parsed arguments."""
+    group, help_of = parser.add_argument_group(title or cls.__name__), comments(cls)
+    hints = typing.get_type_hints(cls)
+    for field in fields(cls):
+        if field.name in without:
+            continue
+        kind = hints[field.name]
+        options: dict[str, Any]
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = typing.get_args(kind)[0]
+        if field.name in CHOICES:
+            options = {"choices": tuple(CHOICES[field.name])}
+        elif typing.get_origin(kind) is Literal:
+            options = {"choices": typing.get_args(kind)}
+        elif kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)
+            options = {"type": inner[0], "nargs": "+" if inner[1] is ... else len(inner)}
+        else:
+            options = {"type": kind}
+        text = f"{help_of[field.name]} [{field.default}]".replace("%", "%%")
+        group.add_argument(flag_of(field.name), help=text, default=argparse.SUPPRESS, **options)
+
+
+def add_run_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """All flags that describe a run; the numbers of one method alone under its name."""
+    for cls in (Settings, clan.Hyper):
+        add_flags(parser, cls, without=without)
+    shown = {field.name for field in fields(clan.Hyper)}
+    for name, method in METHODS.items():
+        if own_fields(name):
+            add_flags(parser, method.numbers, f"--method {name}", without={*shown, *without})
+            shown |= own_fields(name)
+
+
+def parse(argv: list[str] | None, description: str) -> tuple[Flags, Path | None]:
+    """The flags that were given, by field name, and what to resume from."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=Path(),
+        type=Path,
+        help="go on: a run folder, a checkpoint, or nothing for the newest checkpoint of --out",
+    )
+    add_run_flags(parser)
+    flags = vars(parser.parse_args(argv))
+    resume = flags.pop("resume")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}, resume
+
+
+def refuse_unused_flags(flags: Flags) -> None:
+    """Reject flags that the chosen method does not use."""
+    method = flags.get("method", clan.Hyper.method)
+    unused = [flag_of(name) for name in flags if name in unused_fields(method)]
+    if unused:
+        raise ValueError(f"--method {method} does not use {', '.join(unused)}: drop one of the two")
+
+
+# Going on with a run.
+
+
+def run_folder(flags: Flags, resume: Path | None) -> Path:
+    """The folder that a run with these flags will write to."""
+    if resume is None or resume == Path() or "out" in flags:
+        return configure(flags)[0].folder
+    if not resume.exists():
+        raise ValueError(f"{resume} does not exist: give a run folder or a checkpoint to --resume")
+    return resume.parent if resume.is_file() else resume
+
+
+def restarted(flags: Flags, resume: Path | None) -> Path | None:
+    """What to go on from after torchrun --max-restarts has started this process again: what it has
+    saved since, or else what it was given."""
+    if launch().restarts == 0:
+        return resume
+    folder = run_folder(flags, resume)
+    return folder if saved(folder) else resume
+
+
+def resumed(flags: Flags, resume: Path, say: Callable[..., None]) -> tuple[Flags, Path]:
+    """The flags of the run to go on with, and its checkpoint. A flag may not contradict it."""
+    folder = run_folder(flags, None) if resume == Path() else resume
+    path = newest_valid(folder, say, rename=launch().rank == 0)
+    metadata = read_metadata(path)
+    if not metadata:
+        raise ValueError(f"{path} is no checkpoint of train.py: use it with --init")
+    refuse_other_version(path, metadata)
+    before = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["settings"].items()}
+    changed = [
+        f"{flag_of(k)} {v} (was {before.get(k)})"
+        for k, v in flags.items()
+        if k not in FREE and v != before.get(k)
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} was made with other settings: drop {', '.join(changed)}, or start a new run "
+            "with --out"
+        )
+    world, now = metadata["world"], launch().world
+    if world != now:
+        raise ValueError(
+            f"{path} was made by {world} processes, which is part of its batch, not by {now}: "
+            f"use torchrun --nproc-per-node {world}, or start a new run with --out"
+        )
+    say(f"going on from {path}", soft_wrap=True)
+    paths = {k: before[k] and Path(before[k]) for k in ("data", "src_dir", "tgt_dir", "out")}
+    return before | paths | {"out": path.parent} | flags, path
+
+
+def refuse_other_version(path: Path, metadata: dict) -> None:
+    """Raises ValueError for a checkpoint whose settings are not those of this code."""
+    method = METHODS.get(metadata["settings"].get("method"))
+    numbers = method.numbers if method else clan.Hyper
+    known = {field.name for cls in (Settings, numbers) for field in fields(cls)}
+    names = ", ".join(sorted(metadata["settings"].keys() ^ known))
+    if names:
+        raise ValueError(
+            f"{path} was made by another version of this code ({names}): use commit "
+            f"{metadata['commit']}, or its weights with --init"
+        )
