@@ -7,8 +7,8 @@
     python bench.py growth                                # time and memory against what grows
 
 Plain computes the same losses the way the released code does: eager float32, contiguous memory, one
-image of each domain a step, plain optimizers, every loss read with .item() at once. Ours is a step
-as train.py takes it, without its log. Times are medians of at least 20 steps after a warm-up, with
+image of each domain a step, plain optimizers, every loss read with .item() at once. Ours is
+train.one_step itself, without the log. Times are medians of at least 20 steps after a warm-up, with
 quartiles; memory is that of tensors on CUDA, and on a CPU the highest resident memory of a process
 of its own. With --json the last line is one JSON object.
 """
@@ -22,8 +22,10 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +41,11 @@ import data
 import eval as evaluation
 import streets
 import train
-from models import Discriminator, Generator, set_batchnorm
+from classes import LABEL_IDS, TO_TRAIN_IDS
+from devices import find_device, machine
+from methods import METHODS
+from models import BACKBONES, Discriminator, Generator, set_batchnorm
+from settings import OF_BACKBONE, configure
 
 REPEATS = 24  # timed steps or images, at least
 GOAL = 0.025  # seconds a step: 100,000 of them in 42 minutes
@@ -67,40 +73,43 @@ class Subject:
         self.case, self.hyper, self.device = case, hyper, torch.device(case.device)
         self.G, self.D = networks(case, hyper, step)
         self.opt_g, self.opt_d = train.build_optimizers(self.G, self.D, hyper, not case.plain)
-        self.steps = (clan.g_step, clan.d_step)
+        self.method = METHODS[hyper.method]
         if case.compiled:
-            self.steps = tuple(torch.compile(f) for f in self.steps)
+            g_step, d_step = torch.compile(clan.g_step), torch.compile(clan.d_step)
+            self.method = replace(self.method, g_step=g_step, d_step=d_step)
         self.batch = noise(case, self.device)
 
     def step(self, step: int) -> None:
-        """What the loop of train.py computes from a batch that lies on the device."""
-        g_step, d_step = self.steps
-        with self.autocast():
-            loss, terms, predictions = g_step(self.G, self.D, self.batch, step, self.hyper)
-        self.opt_g.zero_grad()
-        loss.backward()
-        if not self.case.plain:
-            terms["grad"] = train.gradient_norm(self.opt_g)
-        self.opt_g.step()
-        if predictions is not None:
-            with self.autocast():
-                loss, d_terms = d_step(self.D, predictions)
-            self.opt_d.zero_grad()
-            loss.backward()
-            if not self.case.plain:
-                terms |= {"d_grad": train.gradient_norm(self.opt_d)}
-            self.opt_d.step()
-            terms |= d_terms
+        """train.one_step on a batch that lies on the device; in the plain case `plain_step`."""
         if self.case.plain:
-            for value in terms.values():
-                value.item()
+            return plain_step(self.G, self.D, self.opt_g, self.opt_d, self.batch, step, self.hyper)
+        networks = (self.method, self.G, self.D, self.opt_g, self.opt_d)
+        train.one_step(*networks, self.batch, step, self.hyper, {}, self.autocast())
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.amp)
 
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def plain_step(
+    G: Generator, D: Discriminator, opt_g: Any, opt_d: Any, batch: clan.Batch, step: int, hyper: Any
+) -> None:
+    """One step as the released code takes it: nothing watched, each loss read at once."""
+    loss, terms, predictions = clan.g_step(G, D, batch, step, hyper)
+    opt_g.zero_grad()
+    loss.backward()
+    opt_g.step()
+    if predictions is not None:
+        loss, d_terms = clan.d_step(D, predictions)
+        opt_d.zero_grad()
+        loss.backward()
+        opt_d.step()
+        terms |= d_terms
+    for value in terms.values():
+        value.item()
 
 
 def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discriminator]:
@@ -112,8 +121,8 @@ def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discr
     return G, D
 
 
-def noise(case: Case, device) -> clan.Batch:
-    """A batch of the shapes of a case: uint8, and but for plain channels last as of the loader."""
+def noise(case: Case, device: torch.device | str) -> clan.Batch:
+    """A batch of noise: uint8; channels_last like the loader's batches, except in the plain case."""
     h, w, t_h, t_w = case.sizes
     images, targets = (
         torch.randint(0, 256, (case.batch, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -134,10 +143,13 @@ def count_flops(case: Case, hyper: clan.Hyper, step: int) -> dict[str, int]:
     G on the source, G on the target, and D with what else there is.
     """
     case = replace(case, device="meta")
-    (G, D), batch, parts = networks(case, hyper, step), noise(case, "meta"), {}
+    (G, D), batch = networks(case, hyper, step), noise(case, "meta")
+    parts: dict[str, int] = {}
+    assert batch.target is not None
     for name, images in (("G, source", batch.source), ("G, target", batch.target)):
         with FlopCounterMode(display=False) as counter:
-            sum(logits.sum() for logits in G(images)).backward()
+            logits_1, logits_2 = G(images)
+            (logits_1.sum() + logits_2.sum()).backward()
         parts[name] = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         loss, _, predictions = clan.g_step(G, D, batch, step, hyper)
@@ -154,9 +166,10 @@ def count_flops(case: Case, hyper: clan.Hyper, step: int) -> dict[str, int]:
 def saved_bytes(case: Case, hyper: clan.Hyper, step: int) -> int:
     """What G's step keeps for its backward in float32; nothing is computed. bfloat16 halves it."""
     case = replace(case, device="meta")
-    (G, D), storages = networks(case, hyper, step), {}
+    G, D = networks(case, hyper, step)
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor):
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         storages[storage._cdata] = storage
         return tensor
@@ -172,7 +185,7 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
-    def product():
+    def product() -> None:
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -183,7 +196,7 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
 # Measuring.
 
 
-def seconds(function, count: int, warm_up: int = 2) -> list[float]:
+def seconds(function: Callable[[], object], count: int, warm_up: int = 2) -> list[float]:
     times = []
     for i in range(warm_up + count):
         start = time.perf_counter()
@@ -198,7 +211,7 @@ def step_times(subjects: dict[str, Subject], step: int, rounds: int = REPEATS) -
 
     On CUDA a time is the mean of five steps, so that waiting for the device does not count.
     """
-    times = {name: [] for name in subjects}
+    times: dict[str, list[float]] = {name: [] for name in subjects}
     for i in range(3 + rounds):
         for name, subject in subjects.items():
             inner = 5 if subject.device.type == "cuda" else 1
@@ -213,7 +226,8 @@ def step_times(subjects: dict[str, Subject], step: int, rounds: int = REPEATS) -
 
 
 def median_and_quartiles(times: list[float]) -> tuple[float, float, float]:
-    return tuple(np.quantile(times, (0.5, 0.25, 0.75)).tolist())
+    median, low, high = np.quantile(times, (0.5, 0.25, 0.75)).tolist()
+    return median, low, high
 
 
 def resident(key: str) -> int:
@@ -251,7 +265,7 @@ def peak_here(case: Case, hyper: clan.Hyper, step: int, threads: int) -> int:
 
 def bench_step(args, console: Console) -> dict:
     """One step, before and with adaptation, and from both the compute of a whole run."""
-    _, hyper = train.configure({"backbone": args.backbone} | args.source)
+    _, hyper = configure({"backbone": args.backbone} | args.task)
     plain = Case(args.backbone, args.sizes, 1, device=args.device, plain=True)
     ours = replace(
         plain, batch=args.batch or hyper.batch, plain=False, amp=args.amp, compiled=args.compile
@@ -268,7 +282,7 @@ def bench_step(args, console: Console) -> dict:
     dtypes = {case.amp for case in cases.values()}
     device = torch.device(args.device)
     best = {amp: ceiling(device, torch.bfloat16 if amp else torch.float32) for amp in dtypes}
-    result = {}
+    result: dict[str, Any] = {}
     run = dict.fromkeys(cases, 0.0)  # seconds of compute of all steps, for one image a domain
     for phase, (step, count) in phases.items():
         start = time.perf_counter()
@@ -354,7 +368,7 @@ def make_files(name: str, root: Path, frames: Path | None, count: int) -> Path:
             image = data.resize(data.read_image(found[i % len(found)]), size)
         else:  # a camera's noise: without it PNG shrinks the drawing to next to nothing
             image = np.clip(image + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
-        ids = np.append(data.LABEL_IDS, np.zeros(256 - 19, np.uint8))[label]
+        ids = np.append(LABEL_IDS, np.zeros(256 - 19, np.uint8))[label]
         if name == "gta5":
             save_png(root / "images" / f"{i:05d}.png", image)
             save_png(root / "labels" / f"{i:05d}.png", ids, palette=True)
@@ -362,7 +376,7 @@ def make_files(name: str, root: Path, frames: Path | None, count: int) -> Path:
             save_png(root / "RGB" / f"{i:07d}.png", image)
             by_train_id = np.zeros(256, np.uint16)
             for synthia_id in range(1, 23):
-                by_train_id[data.TRAIN_IDS["synthia"][synthia_id]] = synthia_id
+                by_train_id[TO_TRAIN_IDS["synthia"][synthia_id]] = synthia_id
             channels = [by_train_id[label], np.full(size, i, np.uint16), np.zeros(size, np.uint16)]
             path = root / "GT" / "LABELS" / f"{i:07d}.png"
             write_png16(path, np.stack(channels, axis=2))
@@ -383,7 +397,7 @@ def save_png(path: Path, pixels: np.ndarray, palette: bool = False) -> None:
 
 def bench_loader(args, console: Console) -> dict:
     """Where the time of reading goes, and how many cores feed a step of GOAL seconds."""
-    result = {}
+    result: dict[str, Any] = {}
     table = Table("ms a sample", title="reading, one core")
     for name in ("decode image", "decode label", "resize", "mirror", "copy", "images/s a core"):
         table.add_column(name, justify="right")
@@ -415,11 +429,13 @@ def bench_loader(args, console: Console) -> dict:
 
 def reading_times(dataset: data.DataSet, repeats: int, labels: bool) -> dict[str, float]:
     """Median seconds of each part of data.batch_at for one image of a data set on disk."""
-    times = {name: [] for name in ("image", "label", "resize", "mirror", "copy")}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("image", "label", "resize", "mirror", "copy")
+    }
     for k in range(repeats + 2):
         i, marks = k % len(dataset), [time.perf_counter()]
 
-        def mark(marks=marks):
+        def mark(marks: list[float] = marks) -> None:
             marks.append(time.perf_counter())
 
         pixels = [data.image_at(dataset, i)]
@@ -462,20 +478,20 @@ def bench_eval(args, console: Console) -> dict:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 19, 65, 129, generator=generator).to(device)
     ids = torch.randint(0, 34, size, generator=generator, dtype=torch.uint8)
-    table = data.TRAIN_IDS["cityscapes"]
-    to_train = torch.from_numpy(table).to(device)
+    to_train_ids = TO_TRAIN_IDS["cityscapes"]
+    on_device = torch.from_numpy(to_train_ids).to(device)
     G = Logits(logits)
 
     def ours(total):
         pred = evaluation.predict(G, torch.zeros(1, 3, 8, 8, device=device), [size])[0]
-        return evaluation.confusion_matrix(pred, to_train[ids.to(device).int()], 19, total=total)
+        return evaluation.confusion_matrix(pred, on_device[ids.to(device).int()], 19, total=total)
 
     def numpy_way(total):
         up = F.interpolate(logits, size, mode="bilinear", align_corners=True)
         pred = np.asarray(up.cpu()[0].numpy().transpose(1, 2, 0).argmax(axis=2), np.uint8)
         label = ids.numpy().copy()
         for label_id in range(34):  # the released code maps one class after another
-            label[ids.numpy() == label_id] = table[label_id]
+            label[ids.numpy() == label_id] = to_train_ids[label_id]
         valid = label < 19
         both = 19 * label[valid].astype(int) + pred[valid]
         return total + np.bincount(both, minlength=19**2).reshape(19, 19)
@@ -519,7 +535,7 @@ class Logits(torch.nn.Module):
 
 def bench_growth(args, console: Console) -> dict:
     """Time and memory of an adversarial step against image size, batch and number of classes."""
-    _, hyper = train.configure({"backbone": args.backbone} | args.source)
+    _, hyper = configure({"backbone": args.backbone} | args.task)
     base = Case(args.backbone, args.sizes, args.batch or hyper.batch, device=args.device)
     base = replace(base, amp=args.amp)
     h, w = args.sizes[:2]
@@ -528,7 +544,7 @@ def bench_growth(args, console: Console) -> dict:
         "batch": [replace(base, batch=k) for k in (1, 2, 4, 8, 16)],
         "classes": [replace(base, classes=k) for k in (2, 19, 38, 76, 152)],
     }
-    result = {}
+    result: dict[str, Any] = {}
     table = Table("grows", "to", "s a step", "peak GB", "convolutions", "resampling", "the rest")
     for axis, cases in axes.items():
         rows = []
@@ -570,8 +586,8 @@ def time_shares(subject: Subject, step: int) -> dict[str, float]:
     for event in profile.key_averages():
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue  # a kernel: its time stands at the operation that launched it
-        own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        spent[next(kind for kind in spent if kind in event.key)] += own
+        time_of_it = event.self_device_time_total if cuda else event.self_cpu_time_total
+        spent[next(kind for kind in spent if kind in event.key)] += time_of_it
     return {kind: t / sum(spent.values()) for kind, t in spent.items()}
 
 
@@ -596,7 +612,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     top.add_argument("what", choices=COMMANDS)
     top.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
-    top.add_argument("--backbone", choices=("tiny", "lite0", "r101", "vgg16"), default="tiny")
+    top.add_argument("--backbone", choices=BACKBONES, default="tiny")
     top.add_argument("--sizes", type=int, nargs=4, help="H W of the source, H W of the target")
     top.add_argument("--batch", type=int, help="images of each domain; the backbone's default")
     top.add_argument("--amp", action="store_true", help="ours in bfloat16")
@@ -611,17 +627,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     console = Console(width=110)
     try:
         if args.threads:
             torch.set_num_threads(args.threads)
-        args.source = {} if args.backbone == "tiny" else {"src": "gta5", "tgt": "cityscapes"}
-        small = args.backbone in ("tiny", "lite0")
-        args.sizes = tuple(args.sizes or ((64, 128) * 2 if small else (720, 1280, 512, 1024)))
+        args.task = {} if args.backbone == "tiny" else {"src": "gta5", "tgt": "cityscapes"}
+        paper_sizes = (720, 1280, 512, 1024)
+        args.sizes = tuple(
+            args.sizes or ((64, 128) * 2 if args.backbone in OF_BACKBONE else paper_sizes)
+        )
         args.count = args.count or (500 if args.what == "eval" else 8)
-        where = evaluation.machine(evaluation.find_device(args.device))
+        where = machine(find_device(args.device))
         console.print(f"{where}; torch {torch.__version__}", highlight=False)
         result = COMMANDS[args.what](args, console)
     except (ValueError, OSError) as error:

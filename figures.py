@@ -1,0 +1,378 @@
+"""Figures 3 to 6 of the paper, and a picture of the adaptive weight.
+
+    ccd(study)              # distances between class centres, over training and by class
+    distance = cluster_distance(G, source, val, to_source_ids, count=1000)
+
+Each makes the runs that it needs and writes pictures and tables where the study asks for them.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import clan
+import data
+import eval as evaluation
+from checkpoints import BEFORE, newest_checkpoint, of_steps, read_metadata
+from classes import INFREQUENT, palette_of
+from devices import find_device
+from losses import discrepancy_map
+from methods import METHODS
+from models import Discriminator, Generator
+from runs import (
+    INTERVALS,
+    Study,
+    difference,
+    mean_and_deviation,
+    metrics,
+    miou,
+    run_cells,
+    run_groups,
+    save_figure,
+    spread,
+    warm_up,
+    write,
+)
+from settings import Flags, configure
+from train import first_networks, open_all
+from weights import load_generator, load_weights
+
+# What networks have learnt: features of E, the map M.
+
+
+def device_of(study: Study) -> torch.device:
+    return find_device(study.flags.get("device", "auto"))
+
+
+def load(path: Path, device: torch.device) -> Generator:
+    G, _ = load_generator(path, say=lambda _: None)
+    return G.to(device)
+
+
+def open_target(flags: Flags) -> tuple[data.DataSet, data.DataSet, np.ndarray]:
+    """Source and labelled validation split of a run, and the split's train ids as the source's."""
+    source, _, val = open_all(configure(flags)[0])
+    return source, val, data.shared_classes(source, val)[0]
+
+
+def first_seed(study: Study) -> tuple[dict[str, Flags], dict[str, list[dict]]]:
+    """The methods' runs on the first seed, made where missing: (cells, results) by method."""
+    groups = {method: [study.cell(study.seeds[0], method=method)] for method in study.methods}
+    results = run_groups(study, groups)
+    return {m: group[0] for m, group in groups.items()}, results
+
+
+def spread_images(dataset: data.DataSet, count: int) -> Iterator[tuple]:
+    """(index, image 3 H W, label H' W') of at most `count` images, evenly over a split."""
+    picks = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    pairs = data.Pairs(dataset)
+    yield from data.checked(pairs[int(i)] for i in picks)
+
+
+@torch.no_grad()
+def labelled_features(
+    G: Generator, dataset: data.DataSet, to_source_ids: np.ndarray, count: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(index, features N d, train ids N) of each image, at the labelled pixels of E's grid.
+
+    Ours, as the paper does not say: the features are what the classifiers read (of VGG-16's three
+    maps the deepest), in evaluation mode; a label is down-sampled to their grid by taking the
+    pixel nearest to each cell's centre. to_source_ids: see data.shared_classes.
+    """
+    device = next(G.parameters()).device
+    to_source = torch.from_numpy(to_source_ids)
+    G.eval()
+    for i, image, label in spread_images(dataset, count):
+        x = G.features(image[None].to(device))
+        x = (x[-1] if isinstance(x, tuple) else x)[0].float().cpu()  # d h w
+        label = to_source[label.int()][None, None].float()
+        ids = F.interpolate(label, size=x.shape[-2:], mode="nearest-exact").flatten().long()
+        seen = ids < G.num_classes
+        yield i, x.flatten(1).T[seen], ids[seen]
+
+
+def class_centres(
+    G: Generator, dataset: data.DataSet, to_source_ids: np.ndarray, count: int
+) -> torch.Tensor:
+    """The mean feature of each class over the pixels of a split, C d float64; NaN if unseen."""
+    total: torch.Tensor | int = 0
+    pixels = torch.zeros(G.num_classes, dtype=torch.float64)
+    for _, x, ids in labelled_features(G, dataset, to_source_ids, count):
+        one_hot = F.one_hot(ids, G.num_classes).double()  # N C
+        total = total + one_hot.T @ x.double()
+        pixels += one_hot.sum(dim=0)
+    return total / pixels[:, None]  # 0 / 0 is NaN
+
+
+def cluster_distance(
+    G: Generator, source: data.DataSet, target: data.DataSet, to_source_ids: np.ndarray, count: int
+) -> torch.Tensor:
+    """Euclidean distance between the class centres of two domains, C float64 (Section 4.4)."""
+    same_ids = np.arange(256, dtype=np.uint8)
+    of_source = class_centres(G, source, same_ids, count)
+    return (of_source - class_centres(G, target, to_source_ids, count)).norm(dim=1)
+
+
+def over_training(cells: dict[str, Flags]) -> dict[str, dict[int, Path]]:
+    """Checkpoints by method and step. Those of a shared warm-up lie with one of the runs."""
+    curves = {
+        method: {read_metadata(p)["step"]: p for p in of_steps(flags["out"])}
+        for method, flags in cells.items()
+    }
+    for method, flags in cells.items():
+        _, hyper = configure(flags)
+        for other in cells:
+            if warm_up(cells[other]) == warm_up(flags):
+                curves[method] |= {s: p for s, p in curves[other].items() if s <= hyper.adv_start}
+        if len(curves[method]) < min(10, hyper.steps):
+            raise ValueError(f"{flags['out']} kept too few checkpoints for a curve: delete it")
+    return {method: dict(sorted(steps.items())) for method, steps in curves.items()}
+
+
+def ccd(study: Study) -> None:
+    """Figure 4 (left) and Figure 6: cluster-centre distances over training and by class.
+
+    Distances are divided by those before any training, so that this is at 1: an ImageNet network
+    for r101, vgg16 and lite0; for tiny a random one, whose distances mean little, so that there
+    only the comparison of methods counts. The target's labels are of its validation split. One
+    seed, the first.
+    """
+    first = study.cell(study.seeds[0], method=study.methods[0])
+    source, val, to_source_ids = open_target(first)
+    if study.curve_class not in data.shared_classes(source, val)[1]:
+        raise ValueError(f"--class {study.curve_class} is not in both {source.name} and {val.name}")
+    cells, results = first_seed(study)
+    device = device_of(study)
+
+    def measure(G: Generator) -> torch.Tensor:
+        return cluster_distance(G.to(device), source, val, to_source_ids, study.images)
+
+    untrained, _ = first_networks(
+        *configure(first), len(source.classes), device, None, Console(quiet=True)
+    )
+    start = measure(untrained)
+    curves = {
+        method: {step: measure(load(path, device)) / start for step, path in steps.items()}
+        for method, steps in over_training(cells).items()
+    }
+    picks = {
+        study.curve_class: lambda x: x[source.classes.index(study.curve_class)].item(),
+        "mean over classes": lambda x: x.nanmean().item(),
+    }
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for ax, (title, pick) in zip(figure.subplots(1, 2), picks.items(), strict=True):
+        for method, values in curves.items():
+            ax.plot([0, *values], [1.0, *map(pick, values.values())], label=METHODS[method].label)
+        ax.set(title=title, xlabel="step", ylabel="cluster distance / before training")
+        ax.legend(fontsize=8)
+    distinct = [r for group in results.values() for r in group]
+    save_figure(study, figure, f"ccd-curve-{study.task}", distinct)
+
+    last = {METHODS[m].label: values[max(values)] for m, values in curves.items()}
+    last = {"before training": start / start} | last
+    seen = [i for i in range(len(source.classes)) if not torch.isnan(start[i])]
+    names = [source.classes[i] + " *" * (source.classes[i] in INFREQUENT) for i in seen]
+    columns = {label: values[seen].tolist() for label, values in last.items()}
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    bars(figure.subplots(), names, columns)
+    figure.axes[0].set_ylabel("cluster distance / before training")
+    save_figure(study, figure, f"ccd-classes-{study.task}", distinct)
+
+    rows = [[name, *(f"{c[i]:.2f}" for c in columns.values())] for i, name in enumerate(names)]
+    rows.append(["mean", *(f"{np.mean(c):.2f}" for c in columns.values())])
+    note = (
+        f"Euclidean distance between the domains' mean features, up to {study.images} images of "
+        "each, over the distance before training; last checkpoint, first seed. * infrequent."
+    )
+    write(study, f"ccd-{study.task}", ["class", *columns], rows, note, results)
+
+
+def bars(ax: Any, names: list[str], groups: dict[str, list[float]]) -> None:
+    """Grouped bars, one group a name, one colour a key."""
+    width = 0.8 / len(groups)
+    for k, (label, values) in enumerate(groups.items()):
+        x = np.arange(len(names)) + (k - (len(groups) - 1) / 2) * width
+        ax.bar(x, values, width, label=label)
+    slanted = len(names) > 8
+    ax.set_xticks(
+        range(len(names)), names, rotation=40 if slanted else 0, ha="right" if slanted else "center"
+    )
+    ax.legend(fontsize=8, ncols=4)
+
+
+# Figure 4 (right): the parameters of the adaptive weight.
+
+EPS, SLOPES = (0.1, 0.2, 0.4, 0.8), (10.0, 20.0, 40.0, 80.0)
+
+
+def d_loss(flags: Flags) -> float:
+    """The mean loss of D over the last fifth of the adversarial steps of a finished run."""
+    values = [line["d"] for line in metrics(flags["out"]) if "d" in line]
+    return float(np.mean(values[-max(1, len(values) // 5) :]))
+
+
+def params(study: Study) -> None:
+    """Figure 4 (right): target mIoU (bars) and D's loss (line) over eps and lambda_local."""
+    groups: dict = {"TAN": study.cells(method="tan")}
+    groups |= {("eps", v): study.cells(eps=v, lambda_local=40.0) for v in EPS}
+    groups |= {("lambda_local", v): study.cells(eps=0.4, lambda_local=v) for v in SLOPES}
+    results = run_groups(study, groups)
+    losses = {name: float(np.mean([d_loss(flags) for flags in groups[name]])) for name in groups}
+    baseline = 100 * spread(map(miou, results["TAN"]))[0]
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for ax, (label, values) in zip(
+        figure.subplots(1, 2), (("eps", EPS), ("lambda_local", SLOPES)), strict=True
+    ):
+        names = [f"{v:g}" for v in values]
+        scores = [spread(map(miou, results[label, v])) for v in values]
+        errors = [0 if np.isnan(s) else 100 * s for _, s in scores]
+        ax.bar(names, [100 * m for m, _ in scores], yerr=errors, color="C0", alpha=0.7)
+        ax.axhline(baseline, color="C2", ls="--", label="TAN")
+        ax.legend(fontsize=8, loc="lower left")
+        ax.set(xlabel=label, ylabel="target mIoU, %")
+        right = ax.twinx()
+        right.plot(names, [losses[label, v] for v in values], "C1o-")
+        right.set_ylabel("loss of D", color="C1")
+        right.set_ylim(bottom=0)
+    save_figure(
+        study, figure, f"params-{study.task}", [r for group in results.values() for r in group]
+    )
+    rows = [
+        [
+            name if name == "TAN" else f"{name[0]} {name[1]:g}",
+            mean_and_deviation(map(miou, group)),
+            difference(group, results["TAN"]),
+            f"{losses[name]:.2f}",
+        ]
+        for name, group in results.items()
+    ]
+    note = (
+        "eps at lambda_local = 40, and lambda_local at eps = 0.4. Target mIoU in %, last "
+        f"checkpoint; D's loss over the last fifth of the adversarial steps. {INTERVALS}"
+    )
+    header = ["parameter", "mIoU", "minus TAN", "D's loss"]
+    write(study, f"params-{study.task}", header, rows, note, results)
+
+
+# Figures 3 and 5, and what the adaptive weight looks like.
+
+FIGURE_3 = ("building", "traffic sign", "pole", "vegetation")
+
+
+def some_of_each(i: int, ids: torch.Tensor, wanted: list[int], most: int) -> np.ndarray:
+    """Where at most `most` pixels of each class lie in image i: the same for all networks."""
+    order = np.random.default_rng(i).permutation(len(ids))
+    shuffled = ids.numpy()[order]
+    return np.concatenate([order[shuffled == c][:most] for c in wanted])
+
+
+def tsne(study: Study) -> None:
+    """Figure 3: t-SNE of target features of four classes by source only, TAN and CLAN.
+
+    At most 150 features a class, the same pixels for every network. First seed.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ValueError("t-SNE needs scikit-learn: pip install scikit-learn") from error
+    cells, results = first_seed(study)
+    source, val, to_source_ids = open_target(next(iter(cells.values())))
+    wanted = [source.classes.index(name) for name in FIGURE_3 if name in source.classes]
+    palette = palette_of(source.classes) / 255
+
+    figure = Figure(figsize=(4 * len(cells), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(cells), squeeze=False)[0]
+    for ax, (method, flags) in zip(axes, cells.items(), strict=True):
+        G = load(newest_checkpoint(flags["out"]), device_of(study))
+        kept, of = [], []
+        for i, features, ids in labelled_features(G, val, to_source_ids, min(study.images, 100)):
+            picks = some_of_each(i, ids, wanted, 20)
+            kept.append(features[picks])
+            of.append(ids[picks])
+        x, class_of = torch.cat(kept), torch.cat(of)
+        picks = some_of_each(0, class_of, wanted, 150)
+        if len(picks) < 8:
+            raise ValueError(f"fewer than 8 labelled features of {', '.join(FIGURE_3)}: {val.name}")
+        perplexity = min(30, (len(picks) - 1) / 3)
+        plane = TSNE(random_state=0, init="pca", perplexity=perplexity).fit_transform(x[picks])
+        for c in wanted:
+            at = plane[class_of[picks].numpy() == c]
+            ax.scatter(*at.T, s=6, color=palette[c], label=source.classes[c])
+        ax.set(title=METHODS[method].label, xticks=[], yticks=[])
+    axes[-1].legend(fontsize=8)
+    save_figure(study, figure, f"tsne-{study.task}", [r for g in results.values() for r in g])
+
+
+def figure5(study: Study) -> None:
+    """Figure 5: target image, each method's prediction, truth. First seed."""
+    cells, results = first_seed(study)
+    source, val, to_source_ids = open_target(next(iter(cells.values())))
+    device = device_of(study)
+    networks = {
+        METHODS[m].label: load(newest_checkpoint(flags["out"]), device)
+        for m, flags in cells.items()
+    }
+    figure = evaluation.draw(val, to_source_ids, networks, device, source.classes, count=4)
+    save_figure(study, figure, f"figure5-{study.task}", [r for g in results.values() for r in g])
+
+
+@torch.no_grad()
+def ensemble_and_m(
+    G: Generator, image: torch.Tensor, size: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(p, M) of one image 3 H W on the CPU: the ensemble C h' w', the discrepancy h' w'."""
+    G.eval()
+    images = image[None].to(next(G.parameters()).device)
+    logits_1, logits_2 = (clan.upsample(x, size) for x in G(images))
+    m = discrepancy_map(logits_1.softmax(dim=1), logits_2.softmax(dim=1))
+    return (logits_1 + logits_2).softmax(dim=1)[0].cpu(), m[0, 0].cpu()
+
+
+def weightmap(study: Study) -> None:
+    """What the adaptive weight does: M, the weight and D's answer on one target image.
+
+    When adaptation starts and when it has ended, both judged by the D of the end, which alone has
+    learnt. First seed of CLAN.
+    """
+    flags = study.cell(study.seeds[0], method="clan")
+    results = run_cells(study, [flags])
+    source, val, to_source_ids = open_target(flags)
+    _, hyper = configure(flags)
+    _, image, label = next(spread_images(val, 1))
+    last = newest_checkpoint(flags["out"])
+    start = flags["out"] / BEFORE
+    if not start.exists():  # adversarial from the first step on
+        start = of_steps(flags["out"])[0]
+    D = Discriminator(len(source.classes), hyper.d_channels)
+    load_weights(D, last, say=lambda _: None)
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    axes = figure.subplots(2, 5)
+    palette = palette_of(source.classes)
+    left = {"target image": image.permute(1, 2, 0), "truth": palette[to_source_ids[label.numpy()]]}
+    for row, (name, pixels), path in zip(axes, left.items(), (start, last), strict=True):
+        step = read_metadata(path)["step"]
+        p, m = ensemble_and_m(load(path, torch.device("cpu")), image, tuple(image.shape[-2:]))
+        with torch.no_grad():
+            answer = clan.domain_logits(D, p[None])[0, 0].sigmoid()
+        row[0].imshow(pixels)
+        row[1].imshow(palette[p.argmax(dim=0).numpy()])
+        titles = (name, f"prediction, step {step}", "M", "weight lambda_local M + eps")
+        weight = clan.adaptive_weight(m[None, None], step, hyper)[0, 0]
+        for ax, values, colours, low, high in (
+            (row[2], m, "magma", 0, None),
+            (row[3], weight, "magma", 0, None),
+            (row[4], answer, "coolwarm", 0, 1),
+        ):
+            drawn = ax.imshow(values, cmap=colours, vmin=low, vmax=high)
+            figure.colorbar(drawn, ax=ax, shrink=0.6)
+        for ax, title in zip(row, (*titles, "final D: probability of source"), strict=True):
+            ax.set_title(title, fontsize=9)
+            ax.axis("off")
+    save_figure(study, figure, f"weightmap-{study.task}", results)

@@ -1,0 +1,390 @@
+"""Many runs: which are missing, shared warm-ups, processes, statistics over seeds, results.
+
+    results = run_cells(study, study.cells(method="tan"))        # one a seed, run where missing
+    mean, deviation = spread(map(miou, results))
+
+A cell is one run of a study, given by its flags. A finished run is not run again, an interrupted
+one goes on, and runs that agree until adaptation starts share their warm-up, which changes no bit
+of them.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+import clan
+import train
+from checkpoints import BEFORE, owned, read_checkpoint, read_metadata, save, saved
+from devices import find_device, machine
+from methods import ADVERSARIAL, CLAN_ONLY, METHODS, unused_fields
+from settings import FREE, Flags, Settings, configure, flag_of, refuse_other_version
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked for: which runs, and where they and the results lie."""
+
+    flags: Flags  # flags of train.py for all runs
+    tan: Flags  # TAN's own flags, where the two methods are tuned apart
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: Path
+    to: Path
+    jobs: int  # runs at a time
+    images: int  # at most so many of each domain where features are measured
+    curve_class: str  # whose cluster distance over training is drawn
+    command: str
+
+    @property
+    def task(self) -> str:
+        """Names data sets and backbone: the folder in --runs that the runs lie in."""
+        settings, _ = configure(self.flags)
+        sides = ((settings.src, settings.src_dir), (settings.tgt, settings.tgt_dir))
+        names = [Path(at or name).name if name == "folder" else name for name, at in sides]
+        if settings.shift != Settings.shift:
+            names.append("shift{},{}".format(*settings.shift))
+        return "-".join([*names, settings.backbone])
+
+    def cell(self, seed: int, **change) -> Flags:
+        """The flags of one run. Its folder is named by its method and by what `change` changes.
+
+        A flag that the method does not read (CLAN's alone, say) does not reach it. On the first
+        seed the plain runs of the methods keep checkpoints, for curves over training.
+        """
+        if change.get("method") == "tan":
+            change = self.tan | change
+        # D's width is read by no loss of source only, but D's weights lie in the checkpoint that
+        # it shares with TAN.
+        unused = unused_fields(change.get("method", clan.Hyper.method)) - {"d_channels"}
+        flags = {k: v for k, v in (self.flags | change).items() if k not in unused}
+        usual, fields = all_fields(self.flags), all_fields(flags)
+        changed = [k for k in sorted(change) if k in flags and k != "method"]
+        changed = [k for k in changed if fields[k] != usual.get(k)]
+        parts = (f"{k}{fields[k]}".replace(" ", "") for k in changed)
+        name = "-".join([fields["method"], *parts])
+        adaptation = fields["steps"] - fields["adv_start"]
+        flags.setdefault("log_every", max(1, min(50, adaptation // 50)))  # enough for means of M
+        if seed == self.seeds[0] and set(changed) <= self.tan.keys():
+            flags |= {"save_every": max(1, fields["steps"] // 16), "keep": 100}
+        return flags | {"seed": seed, "out": self.runs / self.task / f"{name}-seed{seed}"}
+
+    def cells(self, **change) -> list[Flags]:
+        """`cell` for every seed."""
+        return [self.cell(seed, **change) for seed in self.seeds]
+
+
+# Running cells.
+
+RESULT = "study.json"  # of a finished run: its scores, time and machine
+
+
+def all_fields(flags: Flags) -> dict:
+    """All fields of a run, as its checkpoints write them."""
+    settings, hyper = configure(flags)
+    return json.loads(json.dumps(asdict(settings) | asdict(hyper), default=str))
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """Where a run would go on."""
+    found = saved(out)
+    return found[-1] if found else None
+
+
+def finished(flags: Flags) -> dict | None:
+    """The result of a run that is complete. Raises ValueError if its folder holds another run."""
+    out = flags["out"]
+    last = last_checkpoint(out)
+    if last is None:
+        return None
+    metadata = read_metadata(last)
+    refuse_other_version(last, metadata)
+    wanted, found = all_fields(flags), metadata["settings"]
+    compared = wanted.keys() - (FREE - {"src_dir", "tgt_dir"})
+    compared -= unused_fields(wanted["method"]) - {"d_channels"}
+    changed = [k for k in sorted(compared) if wanted[k] != found.get(k)]
+    if changed:
+        was = ", ".join(f"{flag_of(k)} {found.get(k)}, now {wanted[k]}" for k in changed)
+        raise ValueError(f"{out} was run with {was}: choose another --runs, or delete it")
+    return json.loads((out / RESULT).read_text()) if (out / RESULT).exists() else None
+
+
+# Fields that no step before adv_start reads: the target takes no part in those.
+ADAPTATION_ONLY = ADVERSARIAL - {"d_channels"} | {"lambda_local", "eps", "adaptive_start"}
+ADAPTATION_ONLY |= {"detach_m", "m_control", "shift"}
+
+
+def warm_up(flags: Flags) -> str:
+    """What the steps before adv_start depend on: runs that agree in it share them bit for bit."""
+    settings, hyper = configure(flags)
+    if not 0 < hyper.adv_start < hyper.steps:
+        return str(settings.out)  # nothing to share
+    fields = {k: v for k, v in all_fields(flags).items() if k not in FREE | ADAPTATION_ONLY}
+    kind = METHODS[hyper.method].warm_up
+    if kind == "source":  # it reads neither Eq. 4's fields nor those of the other methods
+        unread = CLAN_ONLY | unused_fields("source")
+        fields = {k: v for k, v in fields.items() if k not in unread - {"d_channels"}}
+    fields |= {"method": kind}
+    # "batch" and "before" differ later alone
+    fields |= {"batchnorm": clan.uses_batch_statistics(0, hyper)}
+    return json.dumps(fields, sort_keys=True)
+
+
+def adopt(donor: Path, flags: Flags) -> Path:
+    """Makes the donor's warm-up this run's own: its log, and its checkpoint at adv_start.
+
+    Scores on the target stay behind, since the donor's target may be another. Returns where to go
+    on; for source only, which has no such checkpoint, that is the donor's.
+    """
+    settings, hyper = configure(flags)
+    lines = [line for line in metrics(donor) if "target_miou" not in line]
+    lines = [line for line in lines if line["step"] <= hyper.adv_start]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (settings.folder / "metrics.jsonl").write_text(text)
+    start = donor / BEFORE
+    if not METHODS[hyper.method].reads_target:
+        return start
+    metadata = read_metadata(start) | {"settings": all_fields(flags)}
+    save(settings.folder / BEFORE, read_checkpoint(start)[0], metadata)
+    return settings.folder / BEFORE
+
+
+def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
+    """One run to its end: from its last checkpoint, from a donor's warm-up, or from step 0."""
+    if threads:
+        torch.set_num_threads(threads)
+    settings, hyper = configure(flags)
+    out, since = settings.folder, time.monotonic()
+    with owned(out):
+        start = last_checkpoint(out)
+        if start is None and donor and (donor / BEFORE).exists():
+            start = adopt(donor, flags)
+        with (out / "log.txt").open("a") as file, contextlib.redirect_stdout(file):
+            result = train.train(settings, hyper, start, Console(file=file))
+    result["seconds"] = time.monotonic() - since
+    result["machine"] = machine(find_device(settings.device)) + " a run"
+    result["commit"] = read_metadata(Path(result["checkpoint"]))["commit"]
+    temporary = out / f"{RESULT}.tmp"
+    temporary.write_text(json.dumps(result))
+    temporary.replace(out / RESULT)
+    return result
+
+
+def run_cells(study: Study, cells: list[Flags]) -> list[dict]:
+    """The result of each cell, in order; what is missing is run, a shared warm-up first."""
+    cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
+    missing = [flags for flags in cells_of.values() if finished(flags) is None]
+    donors = choose_donors(list(cells_of.values()))
+    donor_of = {flags["out"]: donors.get(warm_up(flags)) for flags in missing}
+    first = [flags for flags in missing if donor_of[flags["out"]] in (None, flags["out"])]
+    rest = [flags for flags in missing if flags not in first]
+    done = len(cells_of) - len(missing)
+    for wave in (first, rest):
+        tasks = [(flags, donor_of[flags["out"]]) for flags in wave]
+        for flags, result in run_all(tasks, study.jobs):
+            done += 1
+            score, seconds = 100 * result["miou"], result["seconds"]
+            name = flags["out"].name
+            print(
+                f"[{done}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
+            )
+    return [result_of(flags) for flags in cells]
+
+
+def result_of(flags: Flags) -> dict:
+    """The result of a run that has just been made."""
+    result = finished(flags)
+    if result is None:
+        raise OSError(f"{flags['out'] / RESULT} is gone: the same command runs it anew")
+    return result
+
+
+def choose_donors(cells: list[Flags]) -> dict[str, Path]:
+    """Whose warm-up to share, by what it depends on: a finished one, else one with checkpoints."""
+
+    def keeps_warm_up(flags: Flags) -> bool:
+        method = METHODS[flags.get("method", clan.Hyper.method)]
+        return method.reads_target and method.has_d and method.first_state is None
+
+    adapted = [flags for flags in cells if keeps_warm_up(flags)]
+    adapted.sort(key=lambda flags: "keep" not in flags)
+    adapted.sort(key=lambda flags: not (flags["out"] / BEFORE).exists())
+    donors: dict[str, Path] = {}
+    for flags in adapted:
+        donors.setdefault(warm_up(flags), flags["out"])
+    return donors
+
+
+def run_groups(study: Study, groups: dict) -> dict:
+    """run_cells of several lists of cells, by their names."""
+    results = iter(run_cells(study, [flags for group in groups.values() for flags in group]))
+    return {name: [next(results) for _ in group] for name, group in groups.items()}
+
+
+def run_all(tasks: list, jobs: int) -> Iterator[tuple[Flags, dict]]:
+    """(flags, result) of each task as it ends; each in a process if jobs > 1."""
+    if jobs == 1:
+        yield from ((flags, run_cell(flags, donor, None)) for flags, donor in tasks)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    fresh = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(jobs, mp_context=fresh, initializer=leave_signals) as pool:
+        waiting = list(tasks)
+        running: dict[Future, Flags] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:  # no more: a queued run could not be stopped
+                    flags, donor = waiting.pop(0)
+                    running[pool.submit(run_task, flags, donor, threads)] = flags
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool as error:  # which has asked the others to end
+            raise OSError("a run was killed (for memory?); the same command goes on") from error
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()  # a run saves and ends when it is asked to once
+            raise
+
+
+def leave_signals() -> None:
+    """Worker processes ignore SIGTERM between runs and are not in the parent's process group.
+
+    In that group a Ctrl-C would reach a run twice, from the terminal and from the parent, and the
+    second would end it unsaved.
+    """
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def run_task(flags: Flags, donor: Path | None, threads: int) -> dict:
+    """`run_cell` in a process of its own: SIGTERM stops it wherever it is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_cell(flags, donor, threads)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+
+
+# Statistics over seeds. Scores are in [0, 1], or None for a class that does not occur.
+
+Pick = Callable[[dict], float | None]  # a score of a result
+
+
+def miou(result: dict) -> float:
+    return result["miou"]
+
+
+def spread(values: Iterable[float | None]) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for less than two values; None is left out)."""
+    known = np.array([v for v in values if v is not None], float)
+    if len(known) == 0:
+        return float("nan"), float("nan")
+    return float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else float("nan")
+
+
+def interval(differences: Iterable[float], draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of paired differences (one a seed).
+
+    NaN for fewer than two. With few seeds it is too narrow: the true uncertainty is larger.
+    """
+    values = np.array(list(differences), float)
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    picks = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def mean_and_deviation(values: Iterable[float | None]) -> str:
+    """'42.8 ± 6.1' of scores."""
+    mean, deviation = spread(values)
+    if np.isnan(mean):
+        return "-"
+    return f"{100 * mean:.1f}" + ("" if np.isnan(deviation) else f" ± {100 * deviation:.1f}")
+
+
+def difference(a: list[dict], b: list[dict], pick: Pick = miou) -> str:
+    """'-0.6 [-2.1, 0.9]': the paired mean of a - b in points, and its bootstrap interval."""
+    both = [(pick(x), pick(y)) for x, y in zip(a, b, strict=True)]
+    pairs = [100 * (x - y) for x, y in both if x is not None and y is not None]
+    if not pairs:
+        return "-"
+    low, high = interval(pairs)
+    return f"{np.mean(pairs):+.1f}" + ("" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
+
+
+# Writing results.
+
+INTERVALS = (
+    "Brackets: 95 % bootstrap interval of the difference paired by seed. With this few seeds it is "
+    "too narrow: the true uncertainty is larger."
+)
+
+
+def provenance(study: Study, results: list[dict]) -> str:
+    """Command, commits of the runs, seeds, computing time and machine."""
+    commits, machines = ({r[key] for r in results} for key in ("commit", "machine"))
+    seeds = sorted({r["settings"]["seed"] for r in results})
+    distinct = {r["checkpoint"]: r["seconds"] for r in results}
+    return (
+        f"`{study.command}`; {len(distinct)} runs of {sum(distinct.values()) / 60:.0f} minutes in "
+        f"all, commit {', '.join(sorted(commits))}; seeds {', '.join(map(str, seeds))}; "
+        f"{'; '.join(sorted(machines))}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+
+
+def write(study: Study, name: str, header: list, rows: list[list], note: str, groups: dict) -> None:
+    """The table on the screen, as NAME.md, and with the scores of each run as NAME.json."""
+    notes = [note, provenance(study, [r for group in groups.values() for r in group])]
+    path = study.to / f"{name}.md"
+    study.to.mkdir(parents=True, exist_ok=True)
+    table = Table(title=name)
+    for i, title in enumerate(header):
+        table.add_column(title, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    path.write_text("\n".join([*lines, "", *notes]) + "\n")
+    kept = ("miou", "miou_13", "miou_before", "iou", "seconds", "commit")
+    runs = {
+        name if isinstance(name, str) else ", ".join(map(str, name)): [
+            {"seed": r["settings"]["seed"]} | {k: r[k] for k in kept if k in r} for r in group
+        ]
+        for name, group in groups.items()
+    }
+    content = {"header": header, "rows": rows, "notes": notes, "runs": runs}
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1))
+    console.print(*notes, f"wrote {path} and .json", sep="\n", soft_wrap=True)
+
+
+def save_figure(study: Study, figure: Figure, name: str, results: list[dict]) -> None:
+    """NAME.png in 256 colours, which keeps it small, and its provenance."""
+    study.to.mkdir(parents=True, exist_ok=True)
+    path = study.to / f"{name}.png"
+    figure.savefig(path, dpi=100)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+    print(f"wrote {path}: {provenance(study, results)}", flush=True)
