@@ -42,7 +42,7 @@ import eval as evaluation
 import streets
 import train
 from classes import LABEL_IDS, TO_TRAIN_IDS
-from devices import find_device, machine
+from devices import find_device, machine, place
 from methods import METHODS
 from models import BACKBONES, Discriminator, Generator, set_batchnorm
 from settings import OF_BACKBONE, configure
@@ -113,16 +113,15 @@ def plain_step(
 
 
 def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discriminator]:
-    layout = torch.contiguous_format if case.plain else torch.channels_last
-    G = Generator(case.backbone, case.classes).to(case.device, memory_format=layout)
-    D = Discriminator(case.classes, hyper.d_channels).to(case.device, memory_format=layout)
+    G = place(Generator(case.backbone, case.classes), case.device, case.plain)
+    D = place(Discriminator(case.classes, hyper.d_channels), case.device, case.plain)
     statistics = clan.uses_batch_statistics(step, hyper)
     set_batchnorm(G.train(), train_affine=hyper.bn_affine, batch_statistics=statistics)
     return G, D
 
 
 def noise(case: Case, device: torch.device | str) -> clan.Batch:
-    """A batch of noise: uint8; channels_last like the loader's batches, except in the plain case."""
+    """Noise as uint8; channels_last like the loader's batches, except in the plain case."""
     h, w, t_h, t_w = case.sizes
     images, targets = (
         torch.randint(0, 256, (case.batch, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -438,7 +437,7 @@ def reading_times(dataset: data.DataSet, repeats: int, labels: bool) -> dict[str
         def mark(marks: list[float] = marks) -> None:
             marks.append(time.perf_counter())
 
-        pixels = [data.image_at(dataset, i)]
+        pixels: list = [data.image_at(dataset, i)]
         mark()
         if labels:
             pixels.append(data.label_at(dataset, i))

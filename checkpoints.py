@@ -102,7 +102,7 @@ def checksum(tensors: Tensors, metadata: dict[str, str]) -> str:
     total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

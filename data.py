@@ -174,7 +174,7 @@ def open_dataset(
         raise ValueError(f"{name} has no split {split!r}: {pool}use {choices}")
     wanted = (int(size[0]), int(size[1])) if size else kind.size
     if name == "streets":
-        return open_streets(role, split, wanted, tuple(shift))
+        return open_streets(role, split, wanted or STREETS_SIZE, tuple(shift))
     return kind.opener(Path(folder or ""), split, wanted, labels)
 
 
@@ -193,7 +193,8 @@ def pair(
     if not images:
         raise ValueError(f"no image in {where}: {layout}")
     pairs = tuple((image, None if labels == "none" else label_of(image)) for image in images)
-    missing = [label for _, label in pairs if labels == "required" and not label.is_file()]
+    required = [label for _, label in pairs if label and labels == "required"]
+    missing = [label for label in required if not label.is_file()]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(pairs)} images in {where} have no label, the first is "
@@ -229,6 +230,7 @@ def open_cityscapes(folder: Path, split: str, size: Size, labels: Labels) -> Dat
     return DataSet("cityscapes", CLASSES, CLASSES, size, (512, 1024), pairs)
 
 
+STREETS_SIZE = (64, 128)
 # Scenes of streets by domain and split: the first index and how many. Splits share no scene.
 STREETS = {
     ("game", "train"): (0, 1500),
@@ -308,7 +310,7 @@ DATASETS = {
     "folder": Kind(
         open_folder, "name a folder with images/, labels/ and classes.json", None, (), None
     ),
-    "streets": Kind(open_streets, "it is drawn", None, ("train", "val"), (64, 128)),
+    "streets": Kind(open_streets, "it is drawn", None, ("train", "val"), STREETS_SIZE),
 }
 TARGETS = tuple(k for k, kind in DATASETS.items() if not kind.splits or "val" in kind.splits)
 

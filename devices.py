@@ -12,12 +12,14 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from methods import Method
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Launch(NamedTuple):
@@ -70,13 +72,20 @@ def machine(device: torch.device) -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def place(network: Network, device: torch.device | str, plain: bool = False) -> Network:
+    """The network on the device, its filters channels_last, or contiguous if `plain`."""
+    layout = torch.contiguous_format if plain else torch.channels_last
+    moved: Any = network.to(device)
+    return moved.to(memory_format=layout)
+
+
 def keep_freed_memory() -> None:
     """Have glibc, where it is the C library, keep the memory of a step for the next one.
 
     By default it gives large blocks back to the system, and each step pays for new pages.
     """
     library = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(library, "mallopt"):
+    if library is not None and hasattr(library, "mallopt"):
         library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: its largest value
         library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 

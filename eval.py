@@ -13,7 +13,7 @@ Shapes: B images, C classes, H W pixels. The last checkpoint of a run is its res
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from devices import (
     find_device,
     join_processes,
     leave_processes,
+    place,
     ranks,
     share_buffers,
     uses_bfloat16,
@@ -72,7 +73,9 @@ def iou(confusion: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def predict(G, images: torch.Tensor, sizes, amp: bool = False) -> list[torch.Tensor]:
+def predict(
+    G: torch.nn.Module, images: torch.Tensor, sizes: Sequence[Sequence[int]], amp: bool = False
+) -> list[torch.Tensor]:
     """Train ids (uint8 H W) of B 3 h w uint8 images, each at its own full size of `sizes`.
 
     The logits are up-sampled before the argmax (Section 4.2).
@@ -84,20 +87,22 @@ def predict(G, images: torch.Tensor, sizes, amp: bool = False) -> list[torch.Ten
     return [best_class(one, size) for one, size in zip(logits, sizes, strict=True)]
 
 
-def best_class(logits: torch.Tensor, size) -> torch.Tensor:
+def best_class(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The arg-max over classes of C h w logits up-sampled to size H W, as uint8 H W.
 
     Class by class: two planes of that size in memory instead of C, and a third of the time.
     """
-    best = pred = None
-    for c in range(len(logits)):
-        plane = logits[None, c : c + 1]  # 1 1 h w
-        up = F.interpolate(plane, tuple(size), mode="bilinear", align_corners=True)[0, 0]
-        if pred is None:
-            best, pred = up, torch.zeros_like(up, dtype=torch.uint8)
-        else:
-            pred.masked_fill_(up > best, c)
-            torch.maximum(best, up, out=best)
+
+    def plane(c: int) -> torch.Tensor:  # H W
+        one = logits[None, c : c + 1]  # 1 1 h w
+        return F.interpolate(one, tuple(size), mode="bilinear", align_corners=True)[0, 0]
+
+    best = plane(0)
+    pred = torch.zeros_like(best, dtype=torch.uint8)
+    for c in range(1, len(logits)):
+        up = plane(c)
+        pred.masked_fill_(up > best, c)
+        torch.maximum(best, up, out=best)
     return pred
 
 
@@ -131,10 +136,9 @@ def evaluate(
     )
     for pairs in data.checked(loader):
         indices, images, labels = zip(*pairs, strict=True)
-        images = torch.stack(images).to(device)
-        for i, pred, label in zip(
-            indices, predict(G, images, [x.shape for x in labels], amp), labels, strict=True
-        ):
+        sizes = [label.shape for label in labels]
+        found = predict(G, torch.stack(images).to(device), sizes, amp)
+        for i, pred, label in zip(indices, found, labels, strict=True):
             label = to_source[label.to(device).int()]
             confusion = confusion_matrix(pred, label, G.num_classes, total=confusion)
             if save:
@@ -176,8 +180,8 @@ def score(
     """IoU of G on a split of the target, by the classes that it shares with the source."""
     share_buffers(G)
     to_source_ids, _, _ = data.shared_classes(source, target)
-    how = {"device": device, "amp": amp, "workers": workers}
-    return report(evaluate(G, target, to_source_ids, **how), source, target)
+    confusion = evaluate(G, target, to_source_ids, device=device, amp=amp, workers=workers)
+    return report(confusion, source, target)
 
 
 # Tables and pictures.
@@ -198,18 +202,18 @@ def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
     return None
 
 
-def score_table(title: str, columns: dict[str, dict | None]) -> Table:
+def score_table(title: str, columns: Mapping[str, dict | None]) -> Table:
     """Per-class IoU and mIoU in %, a column for each of `columns` (values in [0, 1])."""
-    columns = {name: column for name, column in columns.items() if column}
+    known = {name: column for name, column in columns.items() if column}
     table = Table("class", title=title)
-    for name in columns:
+    for name in known:
         table.add_column(name, justify="right")
-    for name in next(iter(columns.values()))["iou"]:
-        table.add_row(name, *(percent(c["iou"].get(name)) for c in columns.values()))
+    for name in next(iter(known.values()))["iou"]:
+        table.add_row(name, *(percent(c["iou"].get(name)) for c in known.values()))
     table.add_section()
     for key, label in (("miou", "mIoU"), ("miou_13", "mIoU, 13 classes")):
-        if any(key in c for c in columns.values()):
-            table.add_row(label, *(percent(c.get(key)) for c in columns.values()), style="bold")
+        if any(key in c for c in known.values()):
+            table.add_row(label, *(percent(c.get(key)) for c in known.values()), style="bold")
     return table
 
 
@@ -315,7 +319,7 @@ def evaluate_main(args: argparse.Namespace) -> None:
     )
     device = find_device(args.device)
     join_processes(device)
-    G = G.to(device, memory_format=torch.channels_last)
+    G = place(G, device)
     to_source_ids, _, _ = data.shared_classes(source, target)
     save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
     amp = uses_bfloat16(settings.get("amp", "off"), device)  # as its training does
@@ -366,7 +370,7 @@ def predict_main(args: argparse.Namespace) -> None:
     )
     classes = metadata.get("classes", CLASSES)
     device = find_device(args.device)
-    G = G.to(device, memory_format=torch.channels_last)
+    G = place(G, device)
     paths = sorted(p for p in args.images.rglob("*") if p.suffix.lower() in data.SUFFIXES)
     if not paths:
         raise ValueError(f"no png, jpg or jpeg in {args.images}: name a folder of photographs")
@@ -382,8 +386,8 @@ def predict_main(args: argparse.Namespace) -> None:
         scale = short / min(image.shape[:2])
         size = tuple(max(32, round(s * scale)) for s in image.shape[:2])
         small = torch.from_numpy(np.array(data.resize(image, size)))
-        pred = predict(G, small.permute(2, 0, 1)[None].to(device), [image.shape[:2]])[0]
-        pred = pred.cpu().numpy()
+        found = predict(G, small.permute(2, 0, 1)[None].to(device), [image.shape[:2]])
+        pred = found[0].cpu().numpy()
         target = args.out / file.relative_to(args.images).with_suffix("")
         target.parent.mkdir(parents=True, exist_ok=True)
         mask = Image.fromarray(pred)

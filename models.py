@@ -10,7 +10,7 @@ property of the weights, and the wrong one costs accuracy without any error.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +143,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, dilation, dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.downsample = nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
         if c_in != c_out:
             projection = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(c_out))
@@ -379,9 +379,11 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
 class Generator(nn.Module):
     """Feature extractor E and two classifiers C1, C2 (section 3.2)."""
 
-    __call__: Callable[[Tensor], tuple[Tensor, Tensor]]
     mean: Tensor
     std: Tensor
+    if TYPE_CHECKING:  # nn.Module leaves the types of a call open
+
+        def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
     def __init__(
         self,
@@ -434,7 +436,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Five 4x4 convolutions of stride 2 (section 4.2); `channels` is the width of the first."""
 
-    __call__: Callable[[Tensor], Tensor]
+    if TYPE_CHECKING:
+
+        def __call__(self, p: Tensor, /) -> Tensor: ...
 
     def __init__(self, num_classes: int = 19, channels: int = 64):
         super().__init__()

@@ -43,7 +43,7 @@ class Log:
     """
 
     def __init__(self, path: Path | None, start: int, hyper: Hyper, every: int, console: Console):
-        self.file = path and self.open(path, start)
+        self.file = self.open(path, start) if path else None
         self.hyper, self.every, self.console = hyper, every, console
         self.pending: deque[tuple[int, list[str], Tensor, Any]] = deque()
         self.images, self.since = 0, time.monotonic()

@@ -259,7 +259,8 @@ def resumed(flags: Flags, resume: Path, say: Callable[..., None]) -> tuple[Flags
             f"use torchrun --nproc-per-node {world}, or start a new run with --out"
         )
     say(f"going on from {path}", soft_wrap=True)
-    paths = {k: before[k] and Path(before[k]) for k in ("data", "src_dir", "tgt_dir", "out")}
+    was: Flags = metadata["settings"]
+    paths = {k: was[k] and Path(was[k]) for k in ("data", "src_dir", "tgt_dir", "out")}
     return before | paths | {"out": path.parent} | flags, path
 
 

@@ -72,10 +72,9 @@ def table_1_and_2(study: Study) -> None:
     """Tables 1 and 2: IoU by class and mIoU, mean ± deviation over seeds, beside the paper's."""
     results = run_groups(study, method_groups(study))
     settings, _ = configure(study.flags)
-    papers = {
-        m: evaluation.paper_row(settings.src, settings.tgt, settings.backbone, m) for m in results
-    }
-    papers = {m: row for m, row in papers.items() if row}
+    task = (settings.src, settings.tgt, settings.backbone)
+    in_paper = {method: evaluation.paper_row(*task, method) for method in results}
+    papers = {method: row for method, row in in_paper.items() if row}
     paired = {"clan", "tan"} <= results.keys()
 
     def row(label: str, pick: Pick) -> list[str]:
@@ -92,17 +91,21 @@ def table_1_and_2(study: Study) -> None:
     header = ["class", *(METHODS[m].label for m in results)]
     header += ["CLAN - TAN"] * paired + [f"{METHODS[m].label}, paper" for m in papers]
     first = next(iter(results.values()))[0]
-    rows = [
-        row(name + " *" * (name in INFREQUENT), lambda r, name=name: r["iou"].get(name))
-        for name in first["iou"]
-    ]
+
+    def of_class(name: str) -> Pick:
+        return lambda result: result["iou"].get(name)
+
+    def of_mean(key: str) -> Pick:
+        return lambda result: result.get(key)
+
+    rows = [row(name + " *" * (name in INFREQUENT), of_class(name)) for name in first["iou"]]
     means = {"miou": "mIoU"}
     if "miou_13" in first:  # SYNTHIA's two ways of counting
         means = {"miou": "mIoU, 16 classes", "miou_13": "mIoU, 13 classes"}
     for key, label in means.items():
-        rows.append(row(label, lambda r, key=key: r.get(key)))
+        rows.append(row(label, of_mean(key)))
         if "source" in results:
-            rows.append(gain(f"gain, {label}", lambda r, key=key: r.get(key)))
+            rows.append(gain(f"gain, {label}", of_mean(key)))
     note = (
         "IoU in % on the validation split, last checkpoint, mean ± standard deviation over seeds. "
         f"{INTERVALS} * infrequent."
@@ -166,10 +169,10 @@ GRADIENT = {True: "no gradient through M", False: "gradient through M"}  # by de
 REGIMES = {"look and layout": (0.5, 0.5), "look alone": (0.5, 0.0)}  # of streets: --shift
 
 
-def head_settings(study: Study) -> dict[str, dict]:
+def head_settings(study: Study) -> dict[str, Flags]:
     """What may make the two heads disagree: the rows of `disagreement`."""
     _, hyper = configure(study.flags)
-    settings = {
+    settings: dict[str, Flags] = {
         "as it is": {},
         GRADIENT[not hyper.detach_m]: {"detach_m": not hyper.detach_m},
         "lambda_weight 0": {"lambda_weight": 0.0},
@@ -184,7 +187,7 @@ def head_settings(study: Study) -> dict[str, dict]:
 
 
 def on_streets(study: Study) -> bool:
-    """Whether the target is streets at its default shift, so that other shifts can stand beside."""
+    """Whether the target is streets at its default shift: then the table may have other shifts too."""
     settings, _ = configure(study.flags)
     return settings.tgt == "streets" and "shift" not in study.flags
 
@@ -295,7 +298,7 @@ def control(study: Study) -> None:
         control_table(study, regime, groups, results)
 
 
-def variants(study: Study) -> dict[str, dict]:
+def variants(study: Study) -> dict[str, Flags]:
     """What each row of the control changes in CLAN, by its name."""
     settings, hyper = configure(study.flags)
     recipe = "released" if settings.recipe == "paper" else "paper"
@@ -370,8 +373,8 @@ def sweep(study: Study) -> None:
 
 # Photographs as the target.
 
-DETACHED = {"detach_m": True}
-REMEDIES = {
+DETACHED: Flags = {"detach_m": True}
+REMEDIES: dict[str, Flags] = {
     "as it is": {},
     "no gradient through M": DETACHED,
     "so, M shuffled over the pixels": DETACHED | {"m_control": "shuffled"},
@@ -533,7 +536,7 @@ def parse(argv: list[str]) -> tuple[list[Callable[[Study], None]], Study]:
         flags, seeds, runs, images = QUICK | flags, (0, 1), Path("runs") / "study-quick", 100
     runs = of_study.pop("runs", runs)
     tan = {"lambda_adv": of_study.pop("tan_lambda_adv")} if "tan_lambda_adv" in of_study else {}
-    defaults = {"methods": tuple(METHODS), "jobs": 1, "curve_class": "wall"}
+    defaults: Flags = {"methods": tuple(METHODS), "jobs": 1, "curve_class": "wall"}
     defaults |= {"seeds": seeds, "to": runs, "images": images}
     command = shlex.join(["python", "study.py", *argv])
     study = Study(flags=flags, tan=tan, runs=runs, command=command, **defaults | of_study)

@@ -204,9 +204,7 @@ def first_networks(
     D = Discriminator(num_classes, hyper.d_channels) if METHODS[hyper.method].has_d else None
     if settings.init != "none" and not resume:
         load_weights(G, settings.init, say=console.print)
-    if D is not None:
-        D = D.to(device, memory_format=torch.channels_last)
-    return G.to(device, memory_format=torch.channels_last), D
+    return devices.place(G, device), D if D is None else devices.place(D, device)
 
 
 def build_optimizers(
@@ -375,14 +373,14 @@ def finish(
     networks, out = {}, settings.folder
     if (out / BEFORE).exists():
         before, _ = load_generator(out / BEFORE, say=lambda _: None)
-        networks["before"] = before.to(device, memory_format=torch.channels_last)
+        networks["before"] = devices.place(before, device)
     networks["after"] = G
     columns = {name: score(network) for name, network in networks.items()}
     if devices.ranks()[0] > 0:
         return columns["after"]
     paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, hyper.method)
     title = f"IoU on {settings.tgt} val, %"
-    console.print(evaluation.score_table(title, columns | {"paper": paper}))
+    console.print(evaluation.score_table(title, {**columns, "paper": paper}))
 
     path = newest_checkpoint(out)  # the one that the loop has just written
     result = columns["after"] | {
