@@ -188,7 +188,7 @@ def add_run_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
             shown |= own_fields(name)
 
 
-def parse(argv: list[str] | None, description: str) -> tuple[Flags, Path | None]:
+def parse(argv: list[str] | None, description: str = "") -> tuple[Flags, Path | None]:
     """The flags that were given, by field name, and what to resume from."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument(

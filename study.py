@@ -187,7 +187,7 @@ def head_settings(study: Study) -> dict[str, Flags]:
 
 
 def on_streets(study: Study) -> bool:
-    """Whether the target is streets at its default shift: then the table may have other shifts too."""
+    """Whether the target is streets at its default shift: a study may then add other shifts."""
     settings, _ = configure(study.flags)
     return settings.tgt == "streets" and "shift" not in study.flags
 

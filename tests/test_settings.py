@@ -1,0 +1,78 @@
+"""Settings: defaults by data set and backbone, flags from dataclasses."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import run, run_error
+
+import data
+import eval as evaluation
+import train
+from clan import PAPER, RELEASED
+from settings import configure, parse
+
+# Settings.
+
+
+def test_train_the_data_set_and_the_backbone_bring_their_defaults():
+    settings, hyper = configure({})
+    assert (settings.tgt, settings.backbone, settings.init) == ("streets", "tiny", "none")
+    assert hyper.batchnorm == "before" and hyper.bn_affine and not hyper.crop
+    settings, hyper = configure({"src": "gta5"})
+    assert (settings.tgt, settings.backbone) == ("cityscapes", "r101")
+    assert (settings.init, settings.lineage) == ("imagenet", "torchvision")
+    assert hyper == PAPER
+    assert settings.out == Path("runs/gta5-cityscapes-r101-clan-seed0")
+    settings, hyper = configure({"src": "gta5", "recipe": "released", "init": "x.pth"})
+    assert settings.lineage == "caffe" and hyper == RELEASED
+
+
+@pytest.mark.parametrize(
+    ("src", "recipe", "expected"),
+    (("synthia", "released", 10), ("synthia", "paper", 40), ("gta5", "released", 40)),
+)
+def test_train_lambda_local_follows_the_data_set_and_the_recipe(src, recipe, expected):
+    given = {"src": src, "recipe": recipe}
+    assert configure(given)[1].lambda_local == expected
+    assert configure(given | {"lambda_local": 3.0})[1].lambda_local == 3
+
+
+@pytest.mark.parametrize("backbone", ("tiny", "lite0", "r101", "vgg16"))
+def test_train_a_flag_wins_over_every_default(backbone):
+    """No setting is dead: each value given is the value used."""
+    values = {
+        **{"steps": 77, "batch": 3, "adv_start": 5, "lr_g": 0.5, "head_lr": 3.0, "crop": True},
+        **{"bn_affine": False, "batchnorm": "running", "lambda_adv": 0.3, "lr_d": 0.1},
+        **{"lambda_weight": 0.7, "jitter": 0.05, "mirror": 0.25, "d_channels": 8},
+    }
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in values.items() if not isinstance(v, bool)]
+    flags += ["--crop", "--no-bn-affine", "--backbone", backbone]
+    given, resume = parse(flags)
+    hyper = asdict(configure(given)[1])
+    assert resume is None and {k: hyper[k] for k in values} == values
+
+
+def test_train_flags_of_several_values_become_tuples():
+    flags = ["--scales", "0.5", "1", "--scale-probs", "0.5", "0.5", "--tgt-size", "64", "96"]
+    given, _ = parse(flags)
+    assert given["scales"] == (0.5, 1.0) and given["tgt_size"] == (64, 96)
+    settings, hyper = configure(given)
+    assert hyper.scale_probs == (0.5, 0.5) and settings.tgt_size == (64, 96)
+
+
+def test_train_shift_reaches_the_city_alone_and_its_score(few, tmp_path):
+    out = run(tmp_path / "a", "--shift", "0.5", "0")
+    assert json.loads((out / "eval.json").read_text())["settings"]["shift"] == [0.5, 0.0]
+    settings, _ = configure({"shift": (0.5, 0.0)})
+    source, target, val = train.open_all(settings)
+    plain = train.open_all(configure({})[0])
+    for ours, others, equal in zip((source, target, val), plain, (True, False, False), strict=True):
+        assert np.array_equal(data.image_at(ours, 0), data.image_at(others, 0)) == equal
+    before = json.loads((out / "eval.json").read_text())["miou"]
+    evaluation.main([str(out), "--device", "cpu"])
+    assert json.loads((out / "eval.json").read_text())["miou"] == before
+    sentence = run_error("--tgt", "folder", "--tgt-dir", str(tmp_path), "--shift", "0.1", "0.1")
+    assert "--shift" in sentence

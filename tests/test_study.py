@@ -1,0 +1,448 @@
+"""Studies: statistics, shared warm-ups, tables, figures, what they refuse."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_equal, interrupt_at, last_tensors, metrics, part, write_png
+from PIL import Image
+from torch import nn
+
+import data
+import figures
+import study
+import train
+from classes import (
+    CLASSES,
+    INFREQUENT,
+)
+from runs import RESULT, difference, interval, mean_and_deviation, spread, warm_up
+from settings import configure
+
+CELLS = "--src-size 32 64 --tgt-size 32 64 --steps 4 --adv-start 2 --batch 2 --d-channels 4"
+
+CELLS = f"{CELLS} --log-every 1 --device cpu".split()
+
+
+@pytest.fixture
+def scenes(monkeypatch):
+    """Streets of a few scenes, for runs within this process."""
+    for key, (first, _) in data.STREETS.items():
+        monkeypatch.setitem(data.STREETS, key, (first, 6))
+
+
+def studied(what: str, folder: Path, *flags: str) -> Path:
+    if "images" in study.COMMANDS[what][1] and "--images" not in flags:
+        flags = (*flags, "--images", "6")
+    study.main([what, *CELLS, "--runs", str(folder), "--to", str(folder), *flags])
+    return folder
+
+
+def study_error(what: str, folder: Path, *flags: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        studied(what, folder, *flags)
+    assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: ")
+    return caught.value.code
+
+
+def test_study_statistics_by_hand():
+    assert spread([1.0, None, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+    mean, deviation = spread([0.5])
+    assert mean == 0.5 and math.isnan(deviation)
+    assert math.isnan(spread([None])[0])
+    assert mean_and_deviation([0.1, 0.3]) == "20.0 ± 14.1"
+    assert mean_and_deviation([0.25]) == "25.0" and mean_and_deviation([None]) == "-"
+
+
+def test_study_interval_is_the_bootstrap_of_paired_differences():
+    assert interval([0.2] * 5) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert all(map(math.isnan, interval([0.2])))
+    low, high = interval([0.0, 1.0])  # means 0, 0.5, 1 with probability 1/4, 1/2, 1/4
+    assert (low, high) == (0.0, 1.0)
+    values = np.random.default_rng(0).normal(1, 2, 400)
+    low, high = interval(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == (
+        pytest.approx(values.mean() - half, abs=0.02),
+        pytest.approx(values.mean() + half, abs=0.02),
+    )
+    a, b = ([{"miou": v} for v in row] for row in ((0.3, 0.5), (0.2, 0.4)))
+    assert difference(a, b) == "+10.0 [+10.0, +10.0]"
+    assert difference(a[:1], b[:1]) == "+10.0"
+    assert difference(a, b, lambda r: None) == "-"
+
+
+def test_study_lost_classes_are_those_more_than_2_points_below():
+    baseline = {"iou": {"road": 0.5, "sky": 0.5, "car": 0.5, "bus": None}}
+    assert (
+        study.lost_classes({"iou": {"road": 0.47, "sky": 0.49, "car": 0.9, "bus": 0.1}}, baseline)
+        == 1
+    )
+
+
+def test_study_auc_counts_pairs():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        scores, wrong = rng.integers(0, 5, 30) / 4, rng.random(30) < 0.4
+        pairs = [(a > b) + (a == b) / 2 for a in scores[wrong] for b in scores[~wrong]]
+        assert study.auc(scores, wrong) == pytest.approx(np.mean(pairs))
+    assert math.isnan(study.auc(scores, np.zeros(30, bool)))
+    assert study.correlation(scores, 2 * scores + 1) == pytest.approx(1)
+    assert math.isnan(study.correlation(scores, np.ones(30)))
+
+
+class Colours(nn.Module):
+    """A stand-in for G whose features are the image's colours, at half its size."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def features(self, images):
+        return F.avg_pool2d(images.float(), 2)
+
+
+def painted(folder: Path, colours: dict[int, tuple], size=(8, 8)) -> data.DataSet:
+    """A folder data set of two equal images, a quadrant each class, the fourth unlabelled."""
+    label = np.full(size, 3, np.uint8)
+    image = np.zeros((*size, 3), np.uint8)
+    for i, colour in colours.items():
+        where = (slice(4 * (i // 2), 4 * (i // 2) + 4), slice(4 * (i % 2), 4 * (i % 2) + 4))
+        label[where], image[where] = i, colour
+    for name in ("a", "b"):
+        write_png(folder / "images" / "val" / f"{name}.png", image)
+        write_png(folder / "labels" / "val" / f"{name}.png", label)
+    names = {"names": ["road", "sky", "car"], "ignore": [3]}
+    (folder / "classes.json").write_text(json.dumps(names))
+    return data.open_dataset("folder", "target", "val", folder, size)
+
+
+def test_study_cluster_distance_is_the_distance_of_the_mean_features(tmp_path):
+    source = painted(tmp_path / "s", {0: (0, 0, 0), 1: (30, 40, 0), 2: (9, 9, 9)})
+    target = painted(tmp_path / "t", {0: (3, 4, 0), 1: (30, 40, 0)})
+    table = np.full(256, 255, np.uint8)
+    table[:3] = (0, 1, 2)
+    distance = figures.cluster_distance(Colours(), source, target, table, 2)
+    assert distance[:2].tolist() == [5.0, 0.0] and math.isnan(distance[2])
+
+
+def test_study_features_take_the_label_nearest_to_the_cell(tmp_path):
+    val = painted(tmp_path, {0: (10, 0, 0), 1: (20, 0, 0), 2: (30, 0, 0)})
+    (i, x, ids), _ = figures.labelled_features(Colours(), val, np.arange(256, dtype=np.uint8), 2)
+    assert i == 0 and x.shape == (12, 3) and (x[:, 0] == 10 * (ids + 1)).all()
+    assert ids.bincount().tolist() == [4, 4, 4]
+
+
+def test_study_table_runs_a_cell_once_and_goes_on_with_an_interrupted_one(
+    scenes, tmp_path, capsys, monkeypatch
+):
+    flags = ("--seeds", "0,1", "--methods", "tan,clan")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(SystemExit) as caught:
+            studied("table", tmp_path, *flags)
+    assert caught.value.code == 130 and "goes on" in capsys.readouterr().err
+    out = studied("table", tmp_path, *flags)
+    runs = out / "streets-streets-tiny"
+    stamps = {p: p.stat().st_mtime_ns for p in runs.rglob("*.safetensors")}
+    shown = capsys.readouterr().out
+    assert shown.count("mIoU") >= 4 and "[4/4]" in shown
+    studied("table", tmp_path, *flags)
+    assert stamps == {p: p.stat().st_mtime_ns for p in runs.rglob("*.safetensors")}
+    assert "[" not in capsys.readouterr().out.split("table-")[0], "a finished run was run again"
+
+    content = json.loads((out / "table-streets-streets-tiny.json").read_text())
+    assert content["header"] == ["class", "TAN", "CLAN", "CLAN - TAN"]
+    rows = {row[0]: row[1:] for row in content["rows"]}
+    assert set(rows) == {c + " *" * (c in INFREQUENT) for c in CLASSES} | {"mIoU"}
+    scores = {
+        m: [json.loads((runs / f"{m}-seed{s}" / "eval.json").read_text())["miou"] for s in (0, 1)]
+        for m in ("tan", "clan")
+    }
+    assert rows["mIoU"][:2] == [
+        mean_and_deviation(scores["tan"]),
+        mean_and_deviation(scores["clan"]),
+    ]
+    kept = {m: [run["miou"] for run in content["runs"][m]] for m in ("tan", "clan")}
+    assert kept == scores and [run["seed"] for run in content["runs"]["tan"]] == [0, 1]
+    assert "seeds 0, 1" in content["notes"][-1] and (out / "table-streets-streets-tiny.md").exists()
+
+
+def test_study_a_shared_warm_up_changes_no_bit(scenes, tmp_path):
+    """Source only, from TAN's checkpoint at adv_start, and CLAN's variants from CLAN's."""
+    out = studied("table", tmp_path / "all", "--seeds", "3") / "streets-streets-tiny"
+    studied("params", tmp_path / "all", "--seeds", "3")
+    for name, flags in {
+        "source": ["--method", "source"],
+        "tan": ["--method", "tan"],
+        "clan": [],
+        "clan-eps0.8": ["--eps", "0.8"],
+    }.items():
+        alone = tmp_path / name
+        own = list(CELLS)
+        if name == "source":  # train.py refuses D's width there, and D's weights differ by it
+            own = own[: own.index("--d-channels")] + own[own.index("--d-channels") + 2 :]
+        train.main([*own, *flags, "--seed", "3", "--out", str(alone)])
+        here = out / f"{name}-seed3"
+        parts = ("G.", "opt_g.") if name == "source" else ("",)
+        for prefix in parts:
+            assert_equal(*(part(last_tensors(x), prefix) for x in (here, alone)))
+        assert metrics(here)[-2:] == metrics(alone)[-2:]
+        kept = json.loads((here / "eval.json").read_text())
+        again = json.loads((alone / "eval.json").read_text())
+        assert (kept["miou"], kept["iou"]) == (again["miou"], again["iou"])
+        log = (here / "log.txt").read_text()
+        assert ("step 1/4" in log) == (name in ("tan", "clan")), "a warm-up was not shared"
+    assert "adv_start" not in warm_up({"method": "clan", "adv_start": 0, "out": tmp_path})
+
+
+@pytest.mark.parametrize(
+    ("change", "shares"),
+    (
+        ({"lambda_local": 10.0}, True),
+        ({"lambda_adv": 0.5}, True),
+        ({"m_control": "mean1"}, True),
+        ({"lambda_weight": 0.5}, False),
+        ({"lr_g": 0.5}, False),
+        ({"seed": 5}, False),
+        ({"d_channels": 8}, False),
+        ({"shift": (0.5, 0.0)}, True),
+        ({"batchnorm": "batch"}, True),
+        ({"batchnorm": "running"}, False),
+        ({"head_std": 0.5}, False),
+        ({"method": "tan"}, False),
+    ),
+)
+def test_study_a_warm_up_is_shared_only_by_runs_that_agree_until_then(change, shares):
+    assert (warm_up({}) == warm_up(change)) == shares
+
+
+def test_study_source_and_tan_share_a_warm_up_whatever_clan_would_read():
+    a = warm_up({"method": "tan", "lambda_adv": 1.0})
+    assert a == warm_up({"method": "source"})
+
+
+def test_study_refuses_a_folder_of_another_configuration(scenes, tmp_path):
+    studied("table", tmp_path, "--seeds", "0", "--methods", "tan")
+    sentence = study_error("table", tmp_path, "--seeds", "0", "--methods", "tan", "--lr-g", "0.5")
+    assert "--lr-g 0.02, now 0.5" in sentence and "--runs" in sentence
+    studied("table", tmp_path, "--seeds", "0", "--methods", "tan", "--eps", "0.5")  # not TAN's
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    (
+        (["--class", "zebra"], "zebra"),
+        (["--quick", "--backbone", "r101"], "--quick is for streets"),
+        (["--eps", "-1"], "eps must not be negative"),
+    ),
+)
+def test_study_refuses_what_it_cannot_use(scenes, tmp_path, flags, sentence):
+    assert sentence in study_error("ccd", tmp_path, "--seeds", "0", "--methods", "clan", *flags)
+    sentence = study_error("weightmap", tmp_path, "--methods", "tan")
+    assert "weightmap does not use --methods" in sentence
+
+
+@pytest.mark.parametrize("flags", ("--jobs 0", "--images x", "--seeds 1,1", "--methods tan,dann"))
+def test_study_refuses_flags_that_make_no_sense(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as caught:
+        study.main(["ccd", *flags.split(), "--runs", str(tmp_path)])
+    assert caught.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_study_does_not_take_flags_that_it_sets_itself(tmp_path, capsys):
+    for flag in ("--seed", "--out", "--method"):
+        with pytest.raises(SystemExit) as caught:
+            studied("table", tmp_path, flag, "1")
+        assert caught.value.code == 2 and "unrecognized" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_study_control_scales_tan_by_clans_own_mean_weight(scenes, tmp_path):
+    out = studied("control", tmp_path, "--seeds", "0", "--shift", "0.5", "0.5")
+    runs = out / "streets-streets-tiny"
+    clans = [line["m"] for line in metrics(runs / "clan-seed0") if "m" in line]
+    rate = configure({})[1].lambda_adv * (40 * np.mean(clans) + 0.4)
+    (scaled,) = runs.glob("tan-lambda_adv*-seed0")
+    settings = json.loads((scaled / "eval.json").read_text())["settings"]
+    assert settings["method"] == "tan" and settings["lambda_adv"] == pytest.approx(rate)
+    rows = {r[0]: r[1:] for r in json.loads((out / CONTROL).read_text())["rows"]}
+    assert len(rows) == 10 and all(name[1] in "abcdefg" for name in rows if name[0] == "(")
+    assert rows["TAN"][4] == rows["CLAN"][5] == "+0.0"
+    assert rows["(g) weights scaled to mean 1 (a deviation)"][6] == "1.00"
+    assert rows["(c) Eq. 4, every weight 1"][6] == "1.00"
+    names = {"source", "tan", "clan", "clan-m_controlshuffled", "clan-eps1.0-lambda_local0.0"}
+    names |= {"clan-lambda_weight0.0", "clan-detach_mFalse", "clan-recipereleased"}
+    names |= {"clan-m_controlmean1", scaled.name.removesuffix("-seed0")}
+    assert {p.name for p in runs.iterdir()} == {f"{name}-seed0" for name in names}
+    assert study.mean_weight({"out": runs / "clan-seed0"}) == pytest.approx(
+        40 * np.mean(clans) + 0.4
+    )
+
+
+def test_study_mean_weight_counts_eq_2_as_1(tmp_path):
+    """The map is logged from the first adversarial step on, but Eq. 2 is in force until later."""
+    given = {"out": tmp_path, "steps": 10, "adv_start": 0, "adaptive_start": 0.5}
+    lines = [{"step": step, "m": 0.1} for step in range(1, 11)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert study.mean_weight(given) == pytest.approx((5 * 1 + 5 * 4.4) / 10)
+
+
+def test_study_tan_may_have_a_lambda_adv_of_its_own(scenes, tmp_path):
+    studied("table", tmp_path, "--seeds", "0", "--methods", "tan", "--tan-lambda-adv", "0.5")
+    (folder,) = (tmp_path / "streets-streets-tiny").iterdir()
+    assert folder.name == "tan-lambda_adv0.5-seed0"
+    assert json.loads((folder / "eval.json").read_text())["settings"]["lambda_adv"] == 0.5
+
+
+def test_study_a_result_forged_by_an_evaluation_is_not_taken_for_a_finished_run(scenes, tmp_path):
+    """eval.py may score a run that was cut off; the study still runs it to its end."""
+    given = ("table", tmp_path, "--seeds", "0", "--methods", "source")
+    runs = studied(*given) / "streets-streets-tiny" / "source-seed0"
+    (runs / RESULT).unlink()
+    (runs / "eval.json").write_text('{"miou": 1.0}')
+    studied(*given)
+    assert json.loads((runs / RESULT).read_text())["miou"] < 1.0
+
+
+CONTROL = "control-streets-streets-tiny.json"
+
+
+@pytest.mark.parametrize(
+    ("what", "files"),
+    (
+        ("ccd", ("ccd-curve", "ccd-classes")),
+        ("params", ("params",)),
+        ("tsne", ("tsne",)),
+        ("figure5", ("figure5",)),
+        ("weightmap", ("weightmap",)),
+        ("disagreement", ("disagreement",)),
+    ),
+)
+def test_study_draws_every_figure(scenes, tmp_path, what, files):
+    studied(what, tmp_path, "--seeds", "0")
+    for name in files:
+        path = tmp_path / f"{name}-streets-streets-tiny.png"
+        with Image.open(path) as image:
+            assert min(image.size) > 200 and len(image.convert("RGB").getcolors(10**6)) > 20
+        assert path.stat().st_size < 300_000
+
+
+def test_study_asked_to_stop_saves_its_runs_and_starts_no_other(tmp_path):
+    command = [sys.executable, "study.py", "table", "--methods", "source", "--seeds", "0,1,2"]
+    command += [*CELLS, "--steps", "100000", "--jobs", "2", "--runs", str(tmp_path)]
+    here = Path(study.__file__).parent
+    child = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True)
+    runs = tmp_path / "streets-streets-tiny"
+
+    def under_way() -> list[Path]:
+        return [p.parent for p in runs.glob("*/metrics.jsonl") if p.stat().st_size > 0]
+
+    try:
+        deadline = time.monotonic() + 60
+        while len(under_way()) < 2 and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130 and "the same command goes on" in errors
+    names = {p.name for p in runs.iterdir()}
+    assert names == {"source-seed0", "source-seed1"}, "another run was started"
+    assert all(list((runs / name).glob("step_*.safetensors")) for name in names)
+
+
+@pytest.mark.slow
+def test_study_remedies_and_sweep_show_every_setting(scenes, tmp_path):
+    flags = ("--seeds", "0", "--steps", "2", "--adv-start", "1")
+    studied("remedies", tmp_path, *flags)
+    rows = json.loads((tmp_path / "remedies-streets-streets-tiny.json").read_text())["rows"]
+    assert [row[0] for row in rows] == list(study.REMEDIES) and all(len(row) == 6 for row in rows)
+    studied("sweep", tmp_path, *flags[2:], "--seeds", "0")
+    rows = json.loads((tmp_path / "sweep-streets-streets-tiny.json").read_text())["rows"]
+    assert [float(row[0]) for row in rows] == list(study.RATES)
+
+
+def test_study_quick_of_everything_leaves_no_part_out(tmp_path):
+    names = [name for name in study.COMMANDS if name not in study.NOT_IN_ALL]
+    asked, s = study.parse(["all", "--quick", "--runs", str(tmp_path)])
+    done = [f.__name__ for f in asked]
+    assert done == names and {"table", "control", "disagreement", "ccd"} <= set(done)
+    assert s.seeds == (0, 1) and s.flags["steps"] < 400 and s.images == 100
+    assert study.parse(["sweep"])[1].seeds == study.TUNING_SEEDS
+
+
+def test_study_disagreement_has_no_shift_of_streets_on_photographs():
+    s = study.parse(["disagreement", "--tgt", "folder", "--backbone", "lite0"])[1]
+    for change in study.head_settings(s).values():
+        s.cells(**change)
+    assert study.head_settings(study.parse(["disagreement"])[1])["shift of look alone"]
+
+
+def test_study_the_curve_starts_where_a_shared_warm_up_was_trained(scenes, tmp_path):
+    flags = ("--seeds", "0", "--steps", "6", "--adv-start", "3", "--methods", "source,tan")
+    s = study.parse(["table", *CELLS, "--runs", str(tmp_path), *flags])[1]
+    cells, _ = figures.first_seed(s)
+    steps = figures.over_training(cells)
+    assert list(steps["source"]) == list(steps["tan"]) == [1, 2, 3, 4, 5, 6]
+    assert steps["source"][2] == steps["tan"][2] and steps["source"][4] != steps["tan"][4]
+
+
+def test_study_two_folders_of_photographs_do_not_share_runs(tmp_path):
+    def task(folder):
+        flags = {"tgt": "folder", "tgt_dir": tmp_path / folder, "backbone": "lite0"}
+        return replace(study.parse(["table"])[1], flags=flags).task
+
+    assert task("camvid") == "streets-camvid-lite0" and task("mine") == "streets-mine-lite0"
+
+
+@pytest.mark.slow
+def test_study_runs_in_parallel_as_one_after_the_other(tmp_path, monkeypatch):
+    """Two processes, of one thread each as the tests, give the bits of one."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    flags = ("--seeds", "0,1", "--methods", "source", "--steps", "2", "--adv-start", "0")
+    a = studied("table", tmp_path / "a", *flags)
+    b = studied("table", tmp_path / "b", *flags, "--jobs", "2")
+    for seed in (0, 1):
+        runs = (x / "streets-streets-tiny" / f"source-seed{seed}" for x in (a, b))
+        assert_equal(*map(last_tensors, runs))
+
+
+def test_study_dusk_splits_camvid_by_its_own_names(scenes, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(study, "table_1_and_2", lambda s: shown.update(flags=s.flags, task=s.task))
+    camvid = tmp_path / "camvid"
+    names = [f"0006R0_{i}" for i in range(3)] + [f"0016E5_{i}" for i in range(2)]
+    names += [f"0001TP_{i}" for i in range(5)]
+    for name in names:
+        write_png(camvid / "images" / "train" / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
+        write_png(camvid / "labels" / "train" / f"{name}.png", np.zeros((8, 8), np.uint8))
+    (camvid / "classes.json").write_text('{"names": ["road"], "ignore": [11]}')
+    for _ in range(2):  # a second time finds its links
+        studied("dusk", tmp_path / "runs", "--tgt-dir", str(camvid))
+    assert shown["task"] == "day-dusk-lite0"
+    day, dusk = shown["flags"]["src_dir"], shown["flags"]["tgt_dir"]
+
+    def stems(folder):
+        return sorted(p.stem for p in folder.iterdir())
+
+    assert stems(day / "images" / "train") == sorted(names[:5])
+    assert stems(dusk / "images" / "train") == names[5::2]
+    assert stems(dusk / "images" / "val") == stems(dusk / "labels" / "val") == names[6::2]
+    assert "--tgt-dir" in study_error("dusk", tmp_path / "runs")
+    shutil.rmtree(camvid / "images" / "train")
+    (camvid / "images" / "train").mkdir()
+    assert "0001TP" in study_error("dusk", tmp_path / "runs", "--tgt-dir", str(camvid))

