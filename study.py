@@ -515,7 +515,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def parse(argv: list[str]) -> tuple[list[Callable[[Study], None]], Study]:
+def parse(argv: list[str]) -> tuple[list[str], Study]:
     """The studies that are asked for, and what for."""
     flags = vars(parser().parse_args(argv))
     flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
@@ -540,7 +540,7 @@ def parse(argv: list[str]) -> tuple[list[Callable[[Study], None]], Study]:
     defaults |= {"seeds": seeds, "to": runs, "images": images}
     command = shlex.join(["python", "study.py", *argv])
     study = Study(flags=flags, tan=tan, runs=runs, command=command, **defaults | of_study)
-    return [COMMANDS[name][0] for name in asked], study
+    return asked, study
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -548,7 +548,8 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(number, signal.default_int_handler)
     try:
         asked, study = parse(sys.argv[1:] if argv is None else argv)
-        for run in asked:
+        for name in asked:
+            run, _ = COMMANDS[name]
             run(study)
     except (Stopped, KeyboardInterrupt):
         print("stopped; the same command goes on", file=sys.stderr)
