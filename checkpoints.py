@@ -64,6 +64,8 @@ def unpack(
 
     try:
         for prefix, module in (("G.", G), ("D.", D)):
+            if module is None and part(prefix):
+                raise ValueError(f"{prefix}* has no place: this method has no such network")
             if module is not None:
                 module.load_state_dict(part(prefix))
     except RuntimeError as error:

@@ -312,7 +312,11 @@ DATASETS = {
     ),
     "streets": Kind(open_streets, "it is drawn", None, ("train", "val"), STREETS_SIZE),
 }
-TARGETS = tuple(k for k, kind in DATASETS.items() if not kind.splits or "val" in kind.splits)
+
+
+def targets() -> tuple[str, ...]:
+    """The data sets with a validation split: those that a run can adapt to."""
+    return tuple(k for k, kind in DATASETS.items() if not kind.splits or "val" in kind.splits)
 
 
 def default_folder(name: str, data: Path) -> Path | None:

@@ -37,7 +37,7 @@ class Method:
     has_d: bool = True  # source only has one too: it shares its warm-up's checkpoint with TAN
     warm_up: str = "source"  # methods of one word here take the same steps before adv_start
     g_step: Callable[..., tuple[Tensor, Terms, Any]] = clan.g_step
-    # Further steps of G after its first, each (G, batch, step, hyper) to (loss, terms).
+    # Further steps of G, from adv_start on: each (G, batch, step, hyper) to (loss, terms).
     later_steps: tuple[Callable[..., tuple[Tensor, Terms]], ...] = ()
     d_step: Callable[..., tuple[Tensor, Terms]] = clan.d_step
     # The state: at first from (G, hyper), after each step from (state, G, terms, hyper).

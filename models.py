@@ -368,6 +368,12 @@ def lineage_for(backbone: str, init: str | None) -> str:
     return BACKBONES[backbone].lineages[-1 if init == "imagenet" else 0]
 
 
+def has_imagenet(backbone: str) -> bool:
+    """Whether ImageNet weights of this backbone can be had."""
+    check_choice("backbone", backbone, BACKBONES)
+    return bool(BACKBONES[backbone].imagenet_url or BACKBONES[backbone].imagenet_package)
+
+
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(choices)}")

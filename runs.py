@@ -134,11 +134,12 @@ def warm_up(flags: Flags) -> str:
     if not 0 < hyper.adv_start < hyper.steps:
         return str(settings.out)  # nothing to share
     fields = {k: v for k, v in all_fields(flags).items() if k not in FREE | ADAPTATION_ONLY}
-    kind = METHODS[hyper.method].warm_up
+    method = METHODS[hyper.method]
+    kind = method.warm_up
     if kind == "source":  # it reads neither Eq. 4's fields nor those of the other methods
         unread = CLAN_ONLY | unused_fields("source")
         fields = {k: v for k, v in fields.items() if k not in unread - {"d_channels"}}
-    fields |= {"method": kind}
+    fields |= {"method": kind, "has_d": method.has_d, "has_state": bool(method.first_state)}
     # "batch" and "before" differ later alone
     fields |= {"batchnorm": clan.uses_batch_statistics(0, hyper)}
     return json.dumps(fields, sort_keys=True)

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import clan
 from checkpoints import newest_valid, read_metadata, saved
-from data import DATASETS, TARGETS
+from data import DATASETS, targets
 from devices import launch
 from methods import METHODS, own_fields, unused_fields
-from models import BACKBONES, check_choice, lineage_for
+from models import BACKBONES, check_choice, has_imagenet, lineage_for
 
 Flags = dict[str, Any]  # the flags that were given, by field
 
@@ -40,7 +40,7 @@ class Settings:
     tgt_size: tuple[int, int] | None = None  # H W the target is resized to; the data set's own
     backbone: str = "auto"  # auto: tiny for streets to streets, else r101
     lineage: str | None = None  # whose ImageNet weights: caffe or torchvision; follows from --init
-    init: str = "auto"  # first weights of G: a file, imagenet or none; auto: none for tiny alone
+    init: str = "auto"  # first weights of G: a file, imagenet or none; auto: imagenet if any
     shift: tuple[float, float] = (0.5, 0.5)  # of streets' city from its game: in look, in layout
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
     seed: int = 0  # of the initial weights, the order of the samples and their augmentation
@@ -115,7 +115,7 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
         on_streets = (src, of_settings["tgt"]) == ("streets", "streets")
         of_settings["backbone"] = "tiny" if on_streets else "r101"
     if of_settings.get("init", "auto") == "auto":
-        of_settings["init"] = "none" if of_settings["backbone"] == "tiny" else "imagenet"
+        of_settings["init"] = "imagenet" if has_imagenet(of_settings["backbone"]) else "none"
     lineage = lineage_for(of_settings["backbone"], of_settings["init"])
     of_settings.setdefault("lineage", lineage)
     settings = Settings(**of_settings)
@@ -132,8 +132,15 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
 
 # The command line: one flag a field, its comment the help.
 
-CHOICES = {"src": DATASETS, "tgt": (*TARGETS, "auto"), "backbone": (*BACKBONES, "auto")}
-CHOICES |= {"method": METHODS}
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """The values of the fields whose choices are the rows of a table."""
+    return {
+        "src": tuple(DATASETS),
+        "tgt": (*targets(), "auto"),
+        "backbone": (*BACKBONES, "auto"),
+        "method": tuple(METHODS),
+    }
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -154,7 +161,7 @@ def add_flags(
 ) -> None:
     """A flag for each field; one not given stays out of the parsed arguments."""
     group, help_of = parser.add_argument_group(title or cls.__name__), comments(cls)
-    hints = typing.get_type_hints(cls)
+    hints, of_tables = typing.get_type_hints(cls), choices()
     for field in fields(cls):
         if field.name in without:
             continue
@@ -162,8 +169,8 @@ def add_flags(
         options: dict[str, Any]
         if isinstance(kind, types.UnionType):  # X | None
             kind = typing.get_args(kind)[0]
-        if field.name in CHOICES:
-            options = {"choices": tuple(CHOICES[field.name])}
+        if field.name in of_tables:
+            options = {"choices": of_tables[field.name]}
         elif typing.get_origin(kind) is Literal:
             options = {"choices": typing.get_args(kind)}
         elif kind is bool:

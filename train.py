@@ -84,7 +84,7 @@ def one_step(
     terms["grad"] = gradient_norm(opt_g)
     opt_g.step()
 
-    for later_step in method.later_steps:  # CLAN has none
+    for later_step in method.later_steps if batch.target is not None else ():  # CLAN has none
         with autocast:
             later_loss, later_terms = later_step(G, batch, step, hyper, *own_state)
         opt_g.zero_grad()
