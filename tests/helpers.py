@@ -18,11 +18,10 @@ from torch import nn
 import checkpoints
 import clan
 import models
+import study
 import train
 from bench import write_png16
-from classes import (
-    LABEL_IDS,
-)
+from classes import LABEL_IDS
 from methods import METHODS
 from weights import load_weights
 
@@ -293,3 +292,22 @@ REMEDY = re.compile(
     r"\b(use|replace|restore|convert|check|write|give|take|choose|drop|build|fetch|name|put|save|"
     r"add|expected|must|required|refused|unrecognized|choose from|invalid \w+ value)\b"
 )
+
+
+CELLS = "--src-size 32 64 --tgt-size 32 64 --steps 4 --adv-start 2 --batch 2 --d-channels 4"
+
+CELLS = f"{CELLS} --log-every 1 --device cpu".split()
+
+
+def studied(what: str, folder: Path, *flags: str) -> Path:
+    if "images" in study.COMMANDS[what][1] and "--images" not in flags:
+        flags = (*flags, "--images", "6")
+    study.main([what, *CELLS, "--runs", str(folder), "--to", str(folder), *flags])
+    return folder
+
+
+def study_error(what: str, folder: Path, *flags: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        studied(what, folder, *flags)
+    assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: ")
+    return caught.value.code

@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_equal, interrupt_at, last_tensors, metrics, part, write_png
+from helpers import (
+    CELLS,
+    assert_equal,
+    interrupt_at,
+    last_tensors,
+    metrics,
+    part,
+    studied,
+    study_error,
+    write_png,
+)
 from PIL import Image
 from torch import nn
 
@@ -23,16 +33,9 @@ import data
 import figures
 import study
 import train
-from classes import (
-    CLASSES,
-    INFREQUENT,
-)
+from classes import CLASSES, INFREQUENT
 from runs import RESULT, difference, interval, mean_and_deviation, spread, warm_up
 from settings import configure
-
-CELLS = "--src-size 32 64 --tgt-size 32 64 --steps 4 --adv-start 2 --batch 2 --d-channels 4"
-
-CELLS = f"{CELLS} --log-every 1 --device cpu".split()
 
 
 @pytest.fixture
@@ -40,20 +43,6 @@ def scenes(monkeypatch):
     """Streets of a few scenes, for runs within this process."""
     for key, (first, _) in data.STREETS.items():
         monkeypatch.setitem(data.STREETS, key, (first, 6))
-
-
-def studied(what: str, folder: Path, *flags: str) -> Path:
-    if "images" in study.COMMANDS[what][1] and "--images" not in flags:
-        flags = (*flags, "--images", "6")
-    study.main([what, *CELLS, "--runs", str(folder), "--to", str(folder), *flags])
-    return folder
-
-
-def study_error(what: str, folder: Path, *flags: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        studied(what, folder, *flags)
-    assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: ")
-    return caught.value.code
 
 
 def test_study_statistics_by_hand():

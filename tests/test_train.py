@@ -50,10 +50,7 @@ import models
 import runlog
 import train
 from clan import PAPER, Batch, Hyper
-from classes import (
-    CLASSES,
-    LABEL_IDS,
-)
+from classes import CLASSES, LABEL_IDS
 from settings import Settings, comments
 from weights import load_generator, load_weights
 
