@@ -1,12 +1,12 @@
-"""The tests: the mathematics of CLAN and the promises of its files, executed.
+"""The mathematics of CLAN, executed: losses, steps, schedules, properties, compile, half precision.
 
-    pytest                  # the default suite, under three minutes on two cores
-    pytest -m slow          # full-size steps, training that must reach a score, kills, long runs
-    pytest -k test_losses   # one part: losses, clan, models, data, eval, train, study, bench, ...
+    pytest                       # every default test, about three minutes on two cores
+    pytest -m slow               # full-size steps, training that must reach a score, kills
+    pytest test_clan.py          # this file; tests/test_ROOM.py holds the tests of ROOM.py
 
-Oracles are written here a second time, plainly and independently: loops over pixels in float64,
-the released code's training step and ResNet-101 from its formulas, Cityscapes' official scorer.
-Nothing here needs the network; tests on real images skip where ../shared/data is not at hand.
+Oracles are written here a second time, plainly and independently: loops over pixels in float64, and
+the released code's training step from its formulas. Nothing needs the network. Tests on real images
+skip where ../shared/data is missing.
 """
 
 import inspect
