@@ -1,4 +1,4 @@
-"""How fast it is, measured: ratios within one run, against a plain version of the same step.
+"""How fast the code is: ratios within one run, against a plain version of the same step.
 
     python bench.py step                                  # a step of python train.py, on the CPU
     python bench.py step --backbone r101 --device cuda --amp --sizes 720 1280 512 1024
@@ -83,8 +83,8 @@ class Subject:
         """train.one_step on a batch that lies on the device; in the plain case `plain_step`."""
         if self.case.plain:
             return plain_step(self.G, self.D, self.opt_g, self.opt_d, self.batch, step, self.hyper)
-        networks = (self.method, self.G, self.D, self.opt_g, self.opt_d)
-        train.one_step(*networks, self.batch, step, self.hyper, {}, self.autocast())
+        parts = (self.method, self.G, self.D, self.opt_g, self.opt_d)
+        train.one_step(*parts, {}, self.batch, step, self.hyper, self.autocast())
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.amp)

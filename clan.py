@@ -116,7 +116,7 @@ def learning_rates(step: int, hyper: Hyper) -> tuple[float, float]:
 
 
 def progress(step: int, hyper: Hyper) -> float:
-    """The share of the adversarial steps that lies behind: 0 at adv_start, 1 at the end."""
+    """The share of the adversarial steps that is done: 0 at adv_start, 1 at the end."""
     return max(step - hyper.adv_start, 0) / max(hyper.steps - hyper.adv_start, 1)
 
 
@@ -133,7 +133,7 @@ def is_adaptive(step: int, hyper: Hyper) -> bool:
 def uses_batch_statistics(step: int, hyper: Hyper) -> bool:
     """Whether BatchNorm normalises with the statistics of the batch in this step.
 
-    "before" holds for the source-only baseline too, so that it differs by its loss alone.
+    "before" also holds for source only: that baseline differs from the others by its loss alone.
     """
     if hyper.batchnorm == "before":
         return step < hyper.adv_start
@@ -159,8 +159,8 @@ class DiscriminatorLike(Protocol):
 
 
 class Batch(NamedTuple):
-    """What one step learns from. `target_size` is the grid of the target's loss, as the label's is
-    of the source's: a randomly scaled image is judged at the data set's own size (released code).
+    """What one step learns from. The source's loss is computed on the grid of its labels, the
+    target's on `target_size`: the data set's own size, also for a scaled image (released code).
     """
 
     source: Tensor  # B 3 H' W' images
@@ -262,8 +262,7 @@ def g_step(
 def d_step(D: DiscriminatorLike, predictions: Predictions) -> tuple[Tensor, Terms]:
     """The loss of D: Eq. 5, or Eq. 2 where `predictions` carry no weight.
 
-    lambda_adv is left out: D has this one term, and Adam does not see its scale (released code).
-
+    lambda_adv is left out (released code): D has this one term, and Adam ignores its scale.
     Returns (loss, terms): a scalar, and a dict of detached scalars: the loss `d` and D's mean
     probability of "source" on either domain, `d_source` and `d_target` (0.5 when G has won).
     """

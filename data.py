@@ -7,7 +7,7 @@
     python data.py gta5 --data data        # read every file and report all that is wrong with them
 
 Images are uint8 RGB, labels uint8 train ids with 255 = unlabelled. Shapes: B images, H W pixels.
-Whatever is wrong with a file is a ValueError of one sentence that names file and remedy.
+A wrong file gives a ValueError of one sentence that names the file and the remedy.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class DataSet:
 
 
 def decode(path: Path) -> Image.Image:
-    """The decoded image. Pillow reports damage in several ways; here it is one."""
+    """The decoded image. Raises ValueError for any damage; Pillow has several exceptions."""
     try:
         image = Image.open(path)
         if image.mode == "RGB" and "RGB;16B" in str(image.tile):
@@ -116,7 +116,7 @@ def read_synthia_ids(path: Path) -> np.ndarray:
             f"{path} is not a 16-bit RGB PNG but a converted copy (mode {image.mode}), which "
             "would be mapped twice: use the original files of GT/LABELS"
         )
-    # Pillow decodes one byte of the two at a time, here the high one: no class reaches it.
+    # Pillow decodes one byte of the two at a time, here the high one. It is 0 for every class.
     if np.asarray(Image.open(path))[..., 0].any():
         raise ValueError(f"{path} holds a class above 255: use the original of GT/LABELS")
     return np.asarray(image)[..., 0]
@@ -396,7 +396,7 @@ def label_at(dataset: DataSet, i: int) -> np.ndarray:
 def check_pair(dataset: DataSet, i: int, image: np.ndarray, label: np.ndarray) -> None:
     """Raises ValueError where image and label cannot be of one scene.
 
-    GTA5 as published has a few pairs that differ by some pixels; both are resized to one grid.
+    A few pairs of GTA5 differ by some pixels. Both are resized to one grid.
     """
     a, b = np.array(image.shape[:2]), np.array(label.shape)
     allowed = DATASETS[dataset.name].tolerance
@@ -416,7 +416,7 @@ def resize(pixels: np.ndarray, size, box=None) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), how, box=box))
 
 
-# Batches. A sample is a pure function of (seed, step): workers, order and resuming do not matter.
+# Batches. A sample depends on (seed, step) alone: workers, order and resuming do not matter.
 
 
 @lru_cache(maxsize=8)
@@ -486,7 +486,7 @@ def batch_at(
 
 
 def or_error(function, *args, **options):
-    """The result, or the ValueError as a value: raised in a worker it arrives as a traceback."""
+    """The result, or the ValueError as a value. Raised in a worker it would print a traceback."""
     try:
         return function(*args, **options)
     except ValueError as error:
@@ -494,13 +494,13 @@ def or_error(function, *args, **options):
 
 
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM to the whole group are for the loop, which saves and ends its workers."""
+    """Workers ignore Ctrl-C and SIGTERM: the loop receives them, saves, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def checked(samples):
-    """What a DataLoader of Steps or Pairs yields; raises the ValueError that took a place in it."""
+    """What a DataLoader of Steps or Pairs yields. Raises a ValueError that stands for a sample."""
     for sample in samples:
         for part in sample if isinstance(sample, list) else (sample,):
             if isinstance(part, ValueError):
@@ -543,11 +543,11 @@ def pair_at(dataset: DataSet, i: int):
     return i, torch.from_numpy(resized).permute(2, 0, 1), torch.from_numpy(label.copy())
 
 
-# Class spaces meet by name.
+# The classes of two data sets are matched by name.
 
 
 def shared_classes(source: DataSet, target: DataSet) -> tuple[np.ndarray, tuple, tuple]:
-    """How a network of the source's classes is scored on the target's labels.
+    """How the target's labels are mapped to the classes of the source, which the network has.
 
     Returns (to_source_ids, scored, left_out): by the target's train id the source's, 256 uint8
     (255 where the source lacks the class); the names both have, in the source's order; and the

@@ -55,7 +55,7 @@ def confusion_matrix(
         raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
     label = label.int()  # enough for the bins, and half the memory
     counted = (label >= 0) & (label < num_classes)
-    # The pixels that do not count go to one bin more, so that no size depends on the data.
+    # Unlabelled pixels go to one more bin. So no tensor's size depends on the data.
     bins = torch.where(counted, label * num_classes + pred, num_classes**2)
     counts = torch.bincount(bins.flatten(), minlength=num_classes**2 + 1)[:-1]
     counts = counts.view(num_classes, num_classes)
@@ -63,7 +63,7 @@ def confusion_matrix(
 
 
 def iou(confusion: torch.Tensor) -> torch.Tensor:
-    """Intersection over union by class, float64 C in [0, 1]; NaN for a class in neither."""
+    """Intersection over union by class, float64 C in [0, 1]; NaN for a class that never occurs."""
     hit = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     return hit / union  # 0 / 0 is NaN
@@ -149,7 +149,7 @@ def evaluate(
 
 
 def scores(confusion: torch.Tensor, classes, scored) -> dict:
-    """{"miou", "iou" by name} over the scored classes. A class in neither counts in no mean."""
+    """{"miou", "iou" by name} over the scored classes. The mean leaves out absent classes."""
     by_name = dict(zip(classes, iou(confusion).tolist(), strict=True))
     by_name = {name: by_name[name] for name in scored}
     present = [value for value in by_name.values() if not np.isnan(value)]
@@ -351,7 +351,7 @@ def evaluate_main(args: argparse.Namespace) -> None:
 
 
 def source_classes(src: str, metadata: dict, folder: Path | None) -> data.DataSet:
-    """The source as far as evaluation needs it: its class names. A checkpoint carries them."""
+    """The class names of the source, as a data set without images. A checkpoint has them."""
     classes = tuple(metadata.get("classes", CLASSES))
     if not metadata and src == "folder":
         if folder is None:

@@ -4,9 +4,9 @@
     logits_1, logits_2 = G(images)                       # uint8 RGB B 3 H W -> twice B C h w
     score = Discriminator()(p)           # p: softmax of the up-sampled sum -> B 1 H/32 W/32
 
-Legend: B images, C classes, H W image grid, h w feature grid. `lineage` says by whom, and so with
-which strides and which normalisation, the first weights of a backbone were trained: it is a
-property of the weights, and the wrong one costs accuracy without any error.
+Legend: B images, C classes, H W image grid, h w feature grid. A lineage names who trained the
+first weights of a backbone. Strides and normalisation follow from it. The wrong lineage costs
+accuracy and raises no error.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ def normalize(
 ) -> Tensor:
     """RGB images B 3 H W, uint8 -> float32 B 3 H W in the order and range of the lineage.
 
-    `constants`: `mean_and_std(lineage)` on the images' device, where to copy them costs a wait.
+    `constants`: `mean_and_std(lineage)` on the images' device. Without it they are copied there.
     """
     if NORMALIZATION[lineage][0] == "BGR":
         images = images.flip(1)
@@ -83,8 +83,8 @@ class ResNet101(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=caffe)
         self.layer1 = self.layer(64, 64, 3, 1, 1, 1, caffe)
         self.layer2 = self.layer(256, 128, 4, 2, 1, 1, caffe)
-        # A dropped stride becomes dilation from the next 3x3 on: with the stride in the first 1x1
-        # that is the block's own 3x3, with the stride in the 3x3 it is the next block's.
+        # A dropped stride becomes dilation from the next 3x3 on. With the stride in the first 1x1
+        # (Caffe) this is the 3x3 of the same block; with the stride in the 3x3 it is the next one.
         self.layer3 = self.layer(512, 256, 23, 1, 2 if caffe else 1, 2, caffe)
         self.layer4 = self.layer(1024, 512, 3, 1, 4 if caffe else 2, 4, caffe)
 
@@ -169,8 +169,8 @@ class TinyNet(nn.Sequential):
 class SameConv(nn.Conv2d):
     """Convolution with TensorFlow's "same" padding, which for stride 2 depends on the size.
 
-    `dense` drops the stride and keeps the sampling phase: every (2 * dilation)-th output is what
-    the strided network computes, so the trained weights stay exact.
+    `dense` drops the stride and keeps the sampling phase. Every (2 * dilation)-th output is what
+    the strided network computes, so the trained weights fit exactly.
     """
 
     def __init__(
@@ -265,7 +265,8 @@ def lite0_blocks(output_stride: int) -> nn.Sequential:
 class Lite0(nn.Module):
     """EfficientNet-Lite0, output stride 8: B 3 H W -> B 256 h w.
 
-    The last block is linear, of standard deviation about 7: heads on it diverge, hence the neck.
+    The last block is linear, and its output has a standard deviation of about 7. Heads on it
+    diverge. Hence the neck.
     """
 
     def __init__(self) -> None:
@@ -400,7 +401,7 @@ class Generator(nn.Module):
     ):
         """`lineage`: None takes the backbone's default; raises ValueError on an unknown name.
 
-        `head_std`: deviation of the heads' initial filters, which is what tells C1 from C2.
+        `head_std`: deviation of the heads' initial filters. C1 and C2 differ by them alone.
         """
         super().__init__()
         check_choice("backbone", backbone, BACKBONES)
@@ -413,8 +414,8 @@ class Generator(nn.Module):
         caffe = lineage == "caffe"
         self.E = extractor(caffe)
         self.C1, self.C2 = head(num_classes, caffe), head(num_classes, caffe)
-        # E keeps PyTorch's initial values. FCN8s' authors start the score layers from zero, which
-        # two heads cannot share: they would be equal, and their cosine undefined.
+        # E keeps PyTorch's initial values. FCN8s' authors start the score layers from zero. Two
+        # heads cannot: they would be equal, and their cosine undefined.
         for m in (*self.C1.modules(), *self.C2.modules()):
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, std=head_std)

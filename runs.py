@@ -140,7 +140,7 @@ def warm_up(flags: Flags) -> str:
         unread = CLAN_ONLY | unused_fields("source")
         fields = {k: v for k, v in fields.items() if k not in unread - {"d_channels"}}
     fields |= {"method": kind, "has_d": method.has_d, "has_state": bool(method.first_state)}
-    # "batch" and "before" differ later alone
+    # "batch" and "before" differ only after adv_start
     fields |= {"batchnorm": clan.uses_batch_statistics(0, hyper)}
     return json.dumps(fields, sort_keys=True)
 
@@ -248,14 +248,14 @@ def run_all(tasks: list, jobs: int) -> Iterator[tuple[Flags, dict]]:
         running: dict[Future, Flags] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:  # no more: a queued run could not be stopped
+                while waiting and len(running) < jobs:  # a queued run could not be stopped
                     flags, donor = waiting.pop(0)
                     running[pool.submit(run_task, flags, donor, threads)] = flags
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield running.pop(future), future.result()
         except BrokenProcessPool as error:  # which has asked the others to end
-            raise OSError("a run was killed (for memory?); the same command goes on") from error
+            raise OSError("a run was killed (for memory?): the same command goes on") from error
         except BaseException:
             for child in multiprocessing.active_children():
                 child.terminate()  # a run saves and ends when it is asked to once

@@ -3,8 +3,8 @@
     settings, hyper = configure({"src": "gta5", "backbone": "r101"})
 
 A run is described by Settings and by the numbers of its method (clan.Hyper). Each field of both is
-a flag, and its comment is the flag's help. The recipe comes first, then the defaults of the data
-set and the backbone, then the flags.
+a flag, and its comment is the flag's help. A flag wins over the defaults of the data set and the
+backbone, and these over the recipe.
 """
 
 import argparse
@@ -84,8 +84,8 @@ LEAST = {"log_every": 1, "save_every": 1, "keep": 1, "eval_every": 0, "workers":
 FREE = {"data", "src_dir", "tgt_dir", "out", "device", "compile", "workers", "log_every"}
 FREE |= {"eval_every", "save_every", "keep"}
 
-# What a backbone changes in the recipe: tiny and lite0 learn in few steps, at larger rates, on the
-# source first.
+# What a backbone changes in the recipe. tiny and lite0 take few steps at larger rates, and begin
+# with the source alone.
 SMALL = {"batch": 4, "lr_g": 0.02, "head_lr": 1.0, "bn_affine": True, "batchnorm": "before"}
 SMALL |= {"crop": False, "lambda_adv": 0.005, "lr_d": 1e-4, "d_channels": 32}
 OF_BACKBONE: dict[str, Flags] = {
@@ -232,8 +232,8 @@ def run_folder(flags: Flags, resume: Path | None) -> Path:
 
 
 def restarted(flags: Flags, resume: Path | None) -> Path | None:
-    """What to go on from after torchrun --max-restarts has started this process again: what it has
-    saved since, or else what it was given."""
+    """What to go on from. A process that torchrun --max-restarts has started again takes what it
+    has saved since then; otherwise the flag holds."""
     if launch().restarts == 0:
         return resume
     folder = run_folder(flags, resume)

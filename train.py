@@ -69,13 +69,13 @@ def one_step(
     D: Discriminator | None,
     opt_g: Optimizer,
     opt_d: Optimizer | None,
+    state: State,
     batch: Batch,
     step: int,
     hyper: Hyper,
-    state: State,
     autocast: torch.autocast,
 ) -> Terms:
-    """Alternate a step of G and one of D (Eq. 7). Returns what to log."""
+    """A step of G and then one of D (Eq. 7). Returns the scalars to log."""
     own_state = (state,) if method.first_state else ()
     with autocast:
         g_loss, terms, predictions = method.g_step(G, D, batch, step, hyper, *own_state)  # Eq. 6
@@ -119,9 +119,11 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     G, D = first_networks(settings, hyper, len(source.classes), device, resume, console)
     opt_g, opt_d = build_optimizers(G, D, hyper)
     state = method.first_state(G, hyper) if method.first_state else {}
+    parts = (G, D, opt_g, opt_d, state)  # all that a step changes, and a checkpoint holds
     introduce(settings, hyper, source, target, val, device, console)
     if resume:
-        restore(resume, G, D, opt_g, opt_d, state)
+        restore(resume, *parts)
+    # Sets requires_grad before DDP collects the parameters.
     set_batchnorm(G, train_affine=hyper.bn_affine, batch_statistics=True)
     method = devices.data_parallel(method, G, D)
 
@@ -131,19 +133,18 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     score = partial(evaluation.score, source=source, target=val, device=device)
     score = partial(score, amp=amp, workers=workers)
     origin = {"classes": source.classes, "tgt_size": target.size, "world": world}
-    keep = partial(checkpoint, settings, hyper, origin, (G, D, opt_g, opt_d, state), log)
+    keep = partial(checkpoint, settings, hyper, origin, parts, log)
     stop = Stop(grace=2.0 if world > 1 else 0.0)
     with log.bar, stop, remedies(settings.folder):
         for step, batch in zip(range(start, hyper.steps), batches, strict=True):
-            # VGG-16's dropout alone draws here; to reseed each step makes resuming exact.
+            # VGG-16's dropout is the only thing that draws here; reseeding each step makes resuming
+            # exact.
             torch.manual_seed(seed_of(settings.seed, step, rank))
             batch = to_device(batch, device)
             set_rates(opt_g, opt_d, step, hyper)
             statistics = clan.uses_batch_statistics(step, hyper)
             set_batchnorm(G.train(), train_affine=hyper.bn_affine, batch_statistics=statistics)
-            terms = one_step(
-                method, G, D, opt_g, opt_d, batch, step, hyper, state, autocast
-            )  # both backward() and step()
+            terms = one_step(method, *parts, batch, step, hyper, autocast)
             images = world * hyper.batch * (2 if uses_target(step, hyper) else 1)
             log.add(step + 1, terms, images)
             after_step(step + 1, settings, hyper, log, stop, partial(score, G), keep)

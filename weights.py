@@ -25,8 +25,8 @@ from models import BACKBONES, Discriminator, Generator, lineage_for
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names in the module that were loaded and that kept their initial value (the counters
-    num_batches_tracked aside), and names in the file that were skipped, with the reason."""
+    """Names in the module that were loaded, and that kept their initial value (without the counters
+    num_batches_tracked). Names in the file that were skipped, with the reason."""
 
     loaded: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -36,7 +36,7 @@ class LoadReport:
 def load_weights(
     module: Generator | Discriminator, path: str | Path, *, say: Callable[[str], None] = print
 ) -> LoadReport:
-    """Copies the weights in the file `path` into `module`, all that fit or, on an error, none.
+    """Copies the weights in the file `path` into `module`: all that fit, or none on an error.
 
     Reads our checkpoints (safetensors, `G.` or `D.` part) and bare state dicts; for a Generator
     also the authors' CLAN snapshots, the Caffe DeepLab weights, torchvision's resnet101 and vgg16,
