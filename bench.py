@@ -4,13 +4,13 @@
     python bench.py step --backbone r101 --device cuda --amp --sizes 720 1280 512 1024
     python bench.py loader                                # decoding of GTA5, SYNTHIA, Cityscapes
     python bench.py eval                                  # scoring of Cityscapes-sized predictions
-    python bench.py growth                                # time and memory against what grows
+    python bench.py growth                                # time and memory by size, batch, classes
 
 Plain computes the same losses the way the released code does: eager float32, contiguous memory, one
 image of each domain a step, plain optimizers, every loss read with .item() at once. Ours is
 train.one_step itself, without the log. Times are medians of at least 20 steps after a warm-up, with
-quartiles; memory is that of tensors on CUDA, and on a CPU the highest resident memory of a process
-of its own. With --json the last line is one JSON object.
+quartiles. Memory on CUDA is that of tensors. On a CPU it is the highest resident memory of a
+separate process. With --json the last line is one JSON object.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Subject:
         self.batch = noise(case, self.device)
 
     def step(self, step: int) -> None:
-        """train.one_step on a batch that lies on the device; in the plain case `plain_step`."""
+        """train.one_step on a batch that is on the device; in the plain case `plain_step`."""
         if self.case.plain:
             return plain_step(self.G, self.D, self.opt_g, self.opt_d, self.batch, step, self.hyper)
         parts = (self.method, self.G, self.D, self.opt_g, self.opt_d)
@@ -97,7 +97,7 @@ class Subject:
 def plain_step(
     G: Generator, D: Discriminator, opt_g: Any, opt_d: Any, batch: clan.Batch, step: int, hyper: Any
 ) -> None:
-    """One step as the released code takes it: nothing watched, each loss read at once."""
+    """One step as in the released code: no gradient norms, each loss read at once."""
     loss, terms, predictions = clan.g_step(G, D, batch, step, hyper)
     opt_g.zero_grad()
     loss.backward()
@@ -133,13 +133,13 @@ def noise(case: Case, device: torch.device | str) -> clan.Batch:
     return clan.Batch(images.to(device), labels.to(device), targets.to(device), (t_h, t_w))
 
 
-# Counting and the machine's ceiling.
+# Counting operations, and the highest speed of the machine.
 
 
 def count_flops(case: Case, hyper: clan.Hyper, step: int) -> dict[str, int]:
-    """Floating point operations of one step, forward and backward; nothing is computed.
+    """Floating point operations of one step, forward and backward, counted without computing.
 
-    G on the source, G on the target, and D with what else there is.
+    They are counted for G on the source, for G on the target, and for D and all the rest.
     """
     case = replace(case, device="meta")
     (G, D), batch = networks(case, hyper, step), noise(case, "meta")
@@ -163,7 +163,7 @@ def count_flops(case: Case, hyper: clan.Hyper, step: int) -> dict[str, int]:
 
 
 def saved_bytes(case: Case, hyper: clan.Hyper, step: int) -> int:
-    """What G's step keeps for its backward in float32; nothing is computed. bfloat16 halves it."""
+    """Bytes that G's step keeps for its backward in float32, counted without computing."""
     case = replace(case, device="meta")
     G, D = networks(case, hyper, step)
     storages: dict[int, torch.UntypedStorage] = {}
@@ -180,7 +180,7 @@ def saved_bytes(case: Case, hyper: clan.Hyper, step: int) -> int:
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product, the most that this device gives here."""
+    """Operations a second of one large matrix product: the highest speed of this device here."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
@@ -206,7 +206,7 @@ def seconds(function: Callable[[], object], count: int, warm_up: int = 2) -> lis
 
 
 def step_times(subjects: dict[str, Subject], step: int, rounds: int = REPEATS) -> dict:
-    """Seconds a step of each subject, taken in turns so that all meet the same machine.
+    """Seconds a step of each subject. They take turns, so that a slower machine slows all.
 
     On CUDA a time is the mean of five steps, so that waiting for the device does not count.
     """
@@ -239,7 +239,7 @@ def resident(key: str) -> int:
 
 
 def peak_bytes(case: Case, hyper: clan.Hyper, step: int) -> int:
-    """Memory of networks and three steps, over that of the interpreter and its libraries."""
+    """Peak memory of networks and three steps, without that of interpreter and libraries."""
     if case.device != "cpu":
         subject = Subject(case, hyper, step)
         torch.cuda.reset_peak_memory_stats(subject.device)
@@ -263,7 +263,7 @@ def peak_here(case: Case, hyper: clan.Hyper, step: int, threads: int) -> int:
 
 
 def bench_step(args, console: Console) -> dict:
-    """One step, before and with adaptation, and from both the compute of a whole run."""
+    """Times a step before and a step with adaptation, and computes a whole run from both."""
     _, hyper = configure({"backbone": args.backbone} | args.task)
     plain = Case(args.backbone, args.sizes, 1, device=args.device, plain=True)
     ours = replace(
@@ -319,17 +319,17 @@ def bench_step(args, console: Console) -> dict:
     parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in result["gflop"].items())
     console.print(f"GFLOP of ours, adversarial: {parts}")
     saved = saved_bytes(ours, hyper, hyper.steps - 1)
-    console.print(f"float32 keeps {saved / 1e9:.2f} GB of it for the backward")
+    console.print(f"G's step keeps {saved / 1e9:.2f} GB for its backward in float32")
     for name in list(cases)[1:]:
         console.print(
-            f"a run's {hyper.steps} steps, seconds for each pair of images of a batch: plain "
+            f"all {hyper.steps} steps, in seconds for each pair of images of a batch: plain "
             f"{run['plain']:.1f}, {name} {run[name]:.1f}, ratio {run['plain'] / run[name]:.2f}"
         )
     result |= {"plain_s": run["plain"], "ours_s": run["ours"]}
     return result | {"ratio": run["plain"] / run["ours"]}
 
 
-# Data: files of the three sets, of their formats and sizes.
+# Reading: files in the formats and sizes of the three data sets.
 
 FILES = {  # H W of image and label on disk
     "gta5": (1052, 1914),
@@ -395,7 +395,7 @@ def save_png(path: Path, pixels: np.ndarray, palette: bool = False) -> None:
 
 
 def bench_loader(args, console: Console) -> dict:
-    """Where the time of reading goes, and how many cores feed a step of GOAL seconds."""
+    """Times each part of reading. Says how many cores it takes for a step of GOAL seconds."""
     result: dict[str, Any] = {}
     table = Table("ms a sample", title="reading, one core")
     for name in ("decode image", "decode label", "resize", "mirror", "copy", "images/s a core"):
@@ -455,7 +455,7 @@ def reading_times(dataset: data.DataSet, repeats: int, labels: bool) -> dict[str
 
 
 def steps_per_second(steps: data.Steps, workers: int, count: int) -> float:
-    first = 2 + 2 * workers  # read ahead while the workers start
+    first = 2 + 2 * workers  # these are read ahead while the workers start
     loader = torch.utils.data.DataLoader(
         steps, batch_size=None, sampler=range(first + count), num_workers=workers
     )
@@ -497,7 +497,7 @@ def bench_eval(args, console: Console) -> dict:
 
     a, b = ours(torch.zeros(19, 19, dtype=torch.int64, device=device)), numpy_way(0)
     if not (a.cpu().numpy() == b).all():
-        raise RuntimeError("the two ways disagree: no speed counts")
+        raise RuntimeError("the two ways disagree: their speeds mean nothing")
     plain = statistics.median(seconds(lambda: numpy_way(b), args.repeats))
     total, times, memory = a, [], []
     for i in range(args.count):
@@ -556,7 +556,7 @@ def bench_growth(args, console: Console) -> dict:
             del subject
             peak = peak_bytes(case, hyper, step)
             rows.append((at, median, peak, shares))
-            shown = (f"{100 * share:.0f} %" for share in shares.values())
+            shown = ("-" if np.isnan(x) else f"{100 * x:.0f} %" for x in shares.values())
             table.add_row(axis, str(at), f"{median:.3f}", f"{peak / 1e9:.2f}", *shown)
         result[axis] = rows
         table.add_section()
@@ -565,7 +565,7 @@ def bench_growth(args, console: Console) -> dict:
         (x0, t0, m0, _), (x1, t1, m1, _) = rows[-2:]
         scale = np.log(x1 / x0)
         console.print(
-            f"{axis}: at the end time grows as the power {np.log(t1 / t0) / scale:.2f}, "
+            f"{axis}: at the largest sizes time grows as the power {np.log(t1 / t0) / scale:.2f}, "
             f"memory as {np.log(m1 / m0) / scale:.2f}"
         )
     args.to.mkdir(parents=True, exist_ok=True)
@@ -584,10 +584,11 @@ def time_shares(subject: Subject, step: int) -> dict[str, float]:
     spent = {"conv": 0.0, "upsample": 0.0, "": 0.0}
     for event in profile.key_averages():
         if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # a kernel: its time stands at the operation that launched it
+            continue  # a kernel: its time counts for the operation that launched it
         time_of_it = event.self_device_time_total if cuda else event.self_cpu_time_total
         spent[next(kind for kind in spent if kind in event.key)] += time_of_it
-    return {kind: t / sum(spent.values()) for kind, t in spent.items()}
+    total = sum(spent.values())  # 0 where the system hides the GPU's counters
+    return {kind: t / total if total else float("nan") for kind, t in spent.items()}
 
 
 def growth_figure(result: dict) -> Figure:
@@ -613,10 +614,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     top.add_argument("--backbone", choices=BACKBONES, default="tiny")
     top.add_argument("--sizes", type=int, nargs=4, help="H W of the source, H W of the target")
-    top.add_argument("--batch", type=int, help="images of each domain; the backbone's default")
+    top.add_argument("--batch", type=int, help="images of each domain [the backbone's]")
     top.add_argument("--amp", action="store_true", help="ours in bfloat16")
     top.add_argument("--compile", action="store_true", help="ours compiled")
-    top.add_argument("--threads", type=int, help="of the CPU; torch's choice")
+    top.add_argument("--threads", type=int, help="of the CPU [torch's choice]")
     top.add_argument("--repeats", type=int, default=REPEATS, help="timed steps or images")
     top.add_argument("--count", type=int, help="files of loader (8), images of eval (500)")
     top.add_argument("--frames", type=Path, help="photographs for loader, instead of drawings")
@@ -643,6 +644,9 @@ def main(argv: list[str] | None = None) -> None:
         result = COMMANDS[args.what](args, console)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        sys.exit(f"error: {first} Give smaller --sizes, a smaller --batch, or --amp.")
     except KeyboardInterrupt:
         sys.exit("stopped: nothing was measured")
     if args.json:

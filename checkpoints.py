@@ -3,8 +3,8 @@
     save(path, pack(G, D, opt_g, opt_d), {"step": 100, ...})
     tensors, _ = read_checkpoint(newest_valid(folder, print)); unpack(tensors, G, D, opt_g, opt_d)
 
-A file is written under a temporary name, flushed to the disk and renamed. It is read against its
-checksum. A run folder has one owner at a time. This file alone knows what checkpoints are called.
+A file is written under a temporary name, flushed to the disk and renamed. Reading compares it with
+its checksum. A run folder has one owner at a time. Only this file knows the names of checkpoints.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def pack(
     opt_d: Optimizer | None,
     state: Tensors | None = None,
 ) -> Tensors:
-    """Everything that the next step depends on, as flat tensors. `state`: the method's own."""
+    """Everything that the next step depends on, as named tensors. `state`: that of the method."""
     tensors = {f"state.{name}": value for name, value in (state or {}).items()}
     for prefix, module in (("G", G), ("D", D)):
         values = module.state_dict() if module is not None else {}
@@ -57,7 +57,7 @@ def unpack(
     opt_d: Optimizer | None,
     state: Tensors | None = None,
 ) -> None:
-    """The reverse of `pack`. Raises ValueError where a tensor has no place or no value."""
+    """The reverse of `pack`. Raises ValueError if a tensor has no place or a place no tensor."""
 
     def part(prefix: str) -> Tensors:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -83,7 +83,7 @@ def unpack(
             like = parameters[int(i)]
             if value.ndim and value.shape != like.shape:
                 raise ValueError(f"{prefix}{name} has the shape {tuple(value.shape)}")
-            if value.ndim:  # the fused optimizers need its memory format too
+            if value.ndim:  # fused optimizers need the parameter's memory format too
                 value = torch.empty_like(like).copy_(value)
             states.setdefault(int(i), {})[key] = value
         groups = optimizer.state_dict()["param_groups"]
@@ -91,7 +91,7 @@ def unpack(
 
 
 def unpack_state(saved: Tensors, state: Tensors) -> None:
-    """Puts what was saved into the tensors of a method's state."""
+    """Replaces the tensors of a method's state by the saved ones."""
     shapes, wanted = ({k: tuple(v.shape) for k, v in x.items()} for x in (saved, state))
     if shapes != wanted:
         raise ValueError(f"the method's state is {shapes}, expected {wanted}")
@@ -112,7 +112,7 @@ def checksum(tensors: Tensors, metadata: dict[str, str]) -> str:
 
 
 def save(path: Path, tensors: Tensors, metadata: dict) -> None:
-    """Writes beside `path`, then renames: a reader sees the whole file or the one before it."""
+    """Writes a temporary file, then renames it: a reader sees the whole new file or the old one."""
     wrong = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     if wrong:
         raise FloatingPointError(f"{wrong[0]} is not finite: {path} was not written")
@@ -129,15 +129,15 @@ def save(path: Path, tensors: Tensors, metadata: dict) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise OSError(
-            f"{path} could not be written ({error}): make room or choose another --out; the "
-            "checkpoints before it are intact"
+            f"{path} could not be written ({error}): make room or choose another --out; "
+            "earlier checkpoints are intact"
         ) from error
 
 
 def to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, would survive a power cut."""
     if path.is_dir() and os.name != "posix":
-        return  # only there can a folder be opened
+        return  # other systems cannot open a folder
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -145,7 +145,7 @@ def to_disk(path: Path) -> None:
         os.close(number)
 
 
-@lru_cache  # asked once, so that it names the code that runs, whatever is checked out later
+@lru_cache  # asked once: a later checkout does not change the code that runs
 def commit() -> str:
     """The commit of this code, "-dirty" if it was changed since, or "unknown" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -172,9 +172,9 @@ def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise ValueError(
             f"{path}: truncated or damaged ({error}); take an older checkpoint or fetch it again"
         ) from error
-    theirs = metadata.pop("checksum", None)
-    ours = metadata.keys() >= KEYS  # a file of train.py has one
-    if (theirs or ours) and theirs != checksum(tensors, metadata):
+    written = metadata.pop("checksum", None)
+    from_train = metadata.keys() >= KEYS  # every file of train.py has a checksum
+    if (written or from_train) and written != checksum(tensors, metadata):
         raise ValueError(
             f"{path}: damaged, it does not have the checksum it was written with; take "
             "an older checkpoint or fetch it again"
@@ -185,11 +185,11 @@ def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, str]]:
 BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
 OF_STEPS = "step_*.safetensors"  # the others, see `name_of`
 
-KEYS = {"settings", "classes", "tgt_size", "step", "world", "commit"}  # beside the tensors
+KEYS = {"settings", "classes", "tgt_size", "step", "world", "commit"}  # train.py's metadata
 
 
 def read_metadata(path: Path) -> dict:
-    """What train.py wrote into a checkpoint, by KEYS; {} for weights of other origin."""
+    """The metadata that train.py wrote, by KEYS; {} for weights of another origin."""
     if path.suffix != ".safetensors":
         return {}
     try:
@@ -205,35 +205,35 @@ def read_metadata(path: Path) -> dict:
 
 
 def name_of(step: int) -> str:
-    """The file of the checkpoint after so many steps."""
+    """The file name of the checkpoint after `step` steps."""
     return f"step_{step:07d}.safetensors"
 
 
 def of_steps(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder without that of adv_start, oldest first."""
+    """The checkpoints of a run folder except that of adv_start, oldest first."""
     return sorted(folder.glob(OF_STEPS))
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first; that of adv_start before those of steps."""
+    """The checkpoints of a run folder: first that of adv_start, then the others, oldest first."""
     return [*folder.glob(BEFORE), *of_steps(folder)]
 
 
 def drop_oldest(folder: Path, keep: int) -> None:
-    """Delete the checkpoints of steps but for the newest `keep`."""
+    """Delete all checkpoints of `of_steps` except the newest `keep`."""
     for path in of_steps(folder)[:-keep]:
         path.unlink()
 
 
 def drop_unfinished(folder: Path) -> None:
-    """Delete what a process left that was killed while it wrote."""
+    """Delete the temporary files of a process that was killed while it wrote."""
     for pattern in (OF_STEPS, BEFORE):
         for path in folder.glob(Path(pattern).with_suffix(".tmp").name):
             path.unlink()
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """The file itself, or the last checkpoint of a run folder."""
+    """`path` if it is a file, else the last checkpoint of the run folder `path`."""
     if path.is_file():
         return path
     found = saved(path)
@@ -243,12 +243,13 @@ def newest_checkpoint(path: Path) -> Path:
 
 
 def newest_valid(folder: Path, say: Callable[..., None], rename: bool = True) -> Path:
-    """The last checkpoint of a run folder that is whole; says which it passes over, and why.
+    """The last whole checkpoint of a run folder. Says which files it skips, and why.
 
-    Damaged files are renamed to *.damaged, not deleted: of several processes by one, `rename`.
+    Damaged files are renamed to *.damaged, not deleted. Only one of several processes does so: the
+    one with `rename`.
     """
     newest = newest_checkpoint(folder)
-    if newest == folder:  # a file, named as such
+    if newest == folder:  # `folder` is a file
         return folder
     for path in reversed(saved(folder)):
         try:
@@ -257,9 +258,9 @@ def newest_valid(folder: Path, say: Callable[..., None], rename: bool = True) ->
         except ValueError as error:
             if rename:
                 path.rename(f"{path}.damaged")
-            say(f"passed over, now {path.name}.damaged: {error}", soft_wrap=True)
+            say(f"skipped and renamed to {path.name}.damaged: {error}", soft_wrap=True)
     raise ValueError(
-        f"no checkpoint of {folder} is whole: begin anew with another --out, or restore one"
+        f"no checkpoint of {folder} is whole: start a new run with another --out, or restore one"
     )
 
 
@@ -271,12 +272,12 @@ LOCK_WAIT = 10  # seconds; the loaders of a killed run hold its lock for up to f
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, so that no other process writes there. It ends with its process."""
+    """Holds the folder's lock, so that no other process writes there. It ends with the process."""
     fresh = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{folder} cannot be made ({error}): choose another --out") from error
+        raise OSError(f"{folder} cannot be created ({error}): choose another --out") from error
     lock, owner = filelock.FileLock(folder / ".lock"), folder / ".owner"
     try:
         lock.acquire(timeout=LOCK_WAIT)
@@ -291,5 +292,5 @@ def owned(folder: Path) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
-        if fresh and [path.name for path in folder.iterdir()] == [".lock"]:  # a refused run
+        if fresh and [path.name for path in folder.iterdir()] == [".lock"]:  # the run was refused
             shutil.rmtree(folder)

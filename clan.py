@@ -4,8 +4,8 @@
     d_loss, terms = d_step(D, predictions)                          # then backward and step for D
 
 The steps are pure: they compute losses and call no backward, optimizer, print or file. The loop
-that calls them is in train.py, the losses are in losses.py. The check of the hyper-parameters and
-the controls of the studies stand at the end.
+that calls them is in train.py. The losses are in losses.py. The check of the hyper-parameters and
+the controls of the studies are at the end of this file.
 
 Shapes: B images, C classes, H W label grid, h w feature grid of G.
 """
@@ -32,49 +32,49 @@ class Hyper:
     Where the paper is silent, the comment says whose choice the default is.
     """
 
-    method: str = "clan"  # here: source (Eq. 3), tan (+ Eq. 2), clan (Eq. 6); all are in methods.py
+    method: str = "clan"  # source (Eq. 3), tan (Eq. 3 and 2), clan (Eq. 6); methods.py lists all
     steps: int = 100_000  # iterations
-    batch: int = 1  # images of each domain in a step
-    adv_start: int = 0  # first step with adversarial terms; until then the source alone is learnt
+    batch: int = 1  # images of each domain per step
+    adv_start: int = 0  # first step with adversarial terms; earlier steps learn only the source
 
-    seg_heads: Literal["ensemble", "each"] = "ensemble"  # Eq. 3 of the added logits | a loss a head
+    seg_heads: Literal["ensemble", "each"] = "ensemble"  # Eq. 3 of summed logits | a loss per head
     head_std: float = 0.01  # deviation of the heads' initial filters (paper: not said; code: 0.01)
     gamma: float = 0.0  # focal exponent of Eq. 3 (0: cross-entropy)
     lambda_weight: float = 0.01  # weight of Eq. 4 in Eq. 6
     cos_offset: float = 0.0  # added to the cosine of Eq. 4; moves its value, not its gradient
-    cos_biases: bool = False  # Eq. 4 over the heads' biases too, not their filters alone
+    cos_biases: bool = False  # Eq. 4 compares the heads' biases too, not only their filters
     lambda_local: float = 40.0  # slope of the adaptive weight lambda_local * M + eps, Eq. 5
     eps: float = 0.4  # floor of the adaptive weight, Eq. 5
     adaptive_start: float = 0.0  # share of the adversarial steps that use Eq. 2 before Eq. 5
     detach_m: bool = False  # stop the gradient through M in G's loss (paper: not said; code: flows)
-    m_control: Literal["none", "shuffled", "mean1"] = "none"  # of studies, see `controlled_weight`
+    m_control: Literal["none", "shuffled", "mean1"] = "none"  # for studies: `controlled_weight`
     lambda_adv: float = 0.001  # weight of Eq. 5 in Eq. 6
     damping: bool = False  # scale Eq. 4 and 5 in G's loss by (1 - step / steps)
-    minimax: bool = False  # G ascends Eq. 5 as printed; else descends -log D(target), as TAN
+    minimax: bool = False  # G ascends Eq. 5 as printed; else it descends -log D(target), as TAN
 
     lr_g: float = 2.5e-4  # SGD, initial rate
     momentum: float = 0.9  # SGD
     weight_decay_g: float = 5e-4  # SGD, biases too
-    head_lr: float = 10.0  # rate of the heads over that of E (paper: not said; DeepLab's 10)
-    power: float = 0.9  # of the poly schedule
-    warmup: float = 0.0  # share of the steps with a linear rise of the rates
+    head_lr: float = 10.0  # rate of the heads divided by that of E (paper: not said; DeepLab: 10)
+    power: float = 0.9  # exponent of the poly schedule
+    warmup: float = 0.0  # share of the steps in which the rates rise linearly
     d_channels: int = 64  # channels of D's first convolution
     lr_d: float = 5e-5  # Adam, initial rate
-    d_schedule: Literal["fixed", "poly"] = "fixed"  # of D's rate
+    d_schedule: Literal["fixed", "poly"] = "fixed"  # schedule of D's rate
     beta1_d: float = 0.9  # Adam
     beta2_d: float = 0.99  # Adam
     weight_decay_d: float = 5e-4  # Adam
 
-    batchnorm: Statistics = "batch"  # of the batch | before adv_start | never: the running ones
+    batchnorm: Statistics = "batch"  # normalise by the batch: always | before adv_start | never
     bn_affine: bool = False  # train BatchNorm's scale and shift (paper: not said; the code: no)
     crop: bool = True  # train on random crops of the data set's crop size, not on whole images
-    scales: tuple[float, ...] = (1.0,)  # random sizes of the image, relative to the data set's
-    scale_probs: tuple[float, ...] = (1.0,)  # how often each scale is drawn
-    mirror: float = 0.0  # how often image and label are mirrored (paper: not said)
+    scales: tuple[float, ...] = (1.0,)  # random image sizes, relative to the data set's size
+    scale_probs: tuple[float, ...] = (1.0,)  # probability of each scale
+    mirror: float = 0.0  # probability that image and label are mirrored (paper: not said)
     jitter: float = 0.0  # colour jitter of the source: largest change of gain and offset (ours)
 
     def __post_init__(self) -> None:
-        if "check" in globals():  # it stands at the end, where it checks the recipes below too
+        if "check" in globals():  # defined at the end, where it also checks the recipes
             check(self)
 
 
@@ -82,7 +82,7 @@ PAPER = Hyper()
 RELEASED = Hyper(
     seg_heads="each",
     gamma=2.0,
-    lambda_weight=0.02,  # 0.01 times a factor of 2 in the loop
+    lambda_weight=0.02,  # 0.01 times a factor of 2 in its loop
     cos_offset=1.0,
     cos_biases=True,
     adaptive_start=0.05,
@@ -105,7 +105,7 @@ RECIPES = {"paper": PAPER, "released": RELEASED}
 def poly(step: int, hyper: Hyper) -> float:
     """The factor of a learning rate: linear rise over `warmup`, else (1 - step / steps)^power."""
     if step < hyper.warmup * hyper.steps:
-        return step / (hyper.warmup * hyper.steps)  # ends at 1, then joins the poly curve below it
+        return step / (hyper.warmup * hyper.steps)  # rises to 1, then the poly curve
     return (1 - step / hyper.steps) ** hyper.power
 
 
@@ -121,7 +121,7 @@ def progress(step: int, hyper: Hyper) -> float:
 
 
 def is_adversarial(step: int, hyper: Hyper) -> bool:
-    """Whether the target takes part in this step, and with it D."""
+    """Whether this step uses the target and D."""
     return hyper.method != "source" and step >= hyper.adv_start
 
 
@@ -140,7 +140,7 @@ def uses_batch_statistics(step: int, hyper: Hyper) -> bool:
     return hyper.batchnorm == "batch"
 
 
-# What the steps take and leave.
+# What the steps take and return.
 
 
 class GeneratorLike(Protocol):
@@ -159,8 +159,10 @@ class DiscriminatorLike(Protocol):
 
 
 class Batch(NamedTuple):
-    """What one step learns from. The source's loss is computed on the grid of its labels, the
-    target's on `target_size`: the data set's own size, also for a scaled image (released code).
+    """What one step learns from.
+
+    The source's loss is computed on the grid of its labels, the target's on `target_size`. Neither
+    grid changes with the random scale of an image (released code).
     """
 
     source: Tensor  # B 3 H' W' images
@@ -170,7 +172,7 @@ class Batch(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What G's step leaves to D's: detached, so that D's step cannot reach G."""
+    """What `g_step` passes to `d_step`, detached: D's loss gives G no gradient."""
 
     source: Tensor  # B C H W, the ensemble p on the source
     target: Tensor  # B C H W, the ensemble p on the target
@@ -178,9 +180,31 @@ class Predictions(NamedTuple):
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
-    """B C h w to B C H W, bilinear, in float32 at least: autocast ends where the losses begin."""
+    """B C h w to B C H W, bilinear with aligned corners, in float32 at least: autocast ends here.
+
+    Two ways, equal within rounding. On CUDA the gradient of F.interpolate adds with atomics, in a
+    random order. In a compiled step inductor (torch 2.13) loses gradients with it. There the map is
+    two matrix products. Elsewhere F.interpolate is as fast or faster.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.is_cuda or torch.compiler.is_compiling():
+        return upsample_by_products(x, size)
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def upsample_by_products(x: Tensor, size: Sequence[int]) -> Tensor:
+    """`upsample` as a product with a matrix of row weights, H h, and one of column weights, W w."""
+    rows, columns = (hat_weights(n, m, x) for n, m in zip(x.shape[-2:], size, strict=True))
+    with torch.autocast(x.device.type, enabled=False):
+        return rows @ x @ columns.T
+
+
+def hat_weights(n: int, m: int, like: Tensor) -> Tensor:
+    """How much each of n old positions weighs in each of m new ones, m n: 1 - distance, or 0."""
+    old, new = (torch.arange(k, dtype=like.dtype, device=like.device) for k in (n, m))
+    position = (new * ((n - 1) / max(m - 1, 1))).clamp(max=n - 1)  # of a new row among the old ones
+    distance = (position[:, None] - old).abs()  # m n
+    return (1 - distance).clamp(min=0)
 
 
 def domain_logits(D: Callable[[Tensor], Tensor], p: Tensor) -> Tensor:
@@ -207,17 +231,17 @@ def adaptive_weight(m: Tensor, step: int, hyper: Hyper) -> Tensor:
 def g_step(
     G: GeneratorLike, D: DiscriminatorLike, batch: Batch, step: int, hyper: Hyper
 ) -> tuple[Tensor, Terms, Predictions | None]:
-    """The loss of G at this step: Eq. 6, or its first term(s) by `hyper.method`.
+    """The loss of G at this step: the terms of Eq. 6 that `hyper.method` has.
 
     G: images to (logits_1, logits_2), each B C h w. D: B C H W to B 1 h w; it gets no gradient.
     Returns (loss, terms, predictions): a scalar; a dict of detached scalars (the unweighted losses
-    `seg`, `cos` and `adv`, and the mean of the map, `m`); Predictions, or None before adv_start.
+    `seg`, `cos` and `adv`, and the mean of the map, `m`); Predictions, or None if D has no step.
     """
     strength = 1 - progress(step, hyper) if hyper.damping else 1.0
     labels, size = batch.labels.long(), batch.labels.shape[-2:]
     logits_1, logits_2 = G(batch.source)  # B C h w each
     if hyper.seg_heads == "ensemble":  # the paper
-        logits = upsample(logits_1 + logits_2, size)  # linear: one up-sampling of the sum will do
+        logits = upsample(logits_1 + logits_2, size)  # linear: up-sample only the sum
         loss = segmentation_loss(logits, labels, gamma=hyper.gamma)  # Eq. 3
     else:  # the released code: a loss for each head
         logits_1, logits_2 = upsample(logits_1, size), upsample(logits_2, size)
@@ -235,11 +259,11 @@ def g_step(
         return loss, terms, None
 
     if batch.target is None or batch.target_size is None:
-        raise ValueError(f"step {step} is adversarial and its batch has no target: see batch_at")
+        raise ValueError(f"step {step} is adversarial but its batch has no target: see batch_at")
     p_source = logits.softmax(dim=1)  # B C H W
     logits_1, logits_2 = (upsample(x, batch.target_size) for x in G(batch.target))
     p_target = (logits_1 + logits_2).softmax(dim=1)  # B C H W
-    weight = None  # Eq. 2: every pixel alike
+    weight = None  # Eq. 2: all pixels count alike
     if hyper.method == "clan":
         m = discrepancy_map(logits_1.softmax(dim=1), logits_2.softmax(dim=1))  # B 1 H W
         terms["m"] = m.detach().mean()
@@ -248,7 +272,7 @@ def g_step(
 
     fixed_D = without_gradient(D)
     d_target = domain_logits(fixed_D, p_target)
-    if hyper.minimax:  # Eq. 7 to the letter: G maximises what D minimises
+    if hyper.minimax:  # Eq. 7 as printed: G maximises the loss that D minimises
         l_adv = -adversarial_loss(domain_logits(fixed_D, p_source), is_source=True)
         l_adv = l_adv - adversarial_loss(d_target, is_source=False, weight=weight)
     else:  # G makes the target look like the source to D
@@ -260,11 +284,11 @@ def g_step(
 
 
 def d_step(D: DiscriminatorLike, predictions: Predictions) -> tuple[Tensor, Terms]:
-    """The loss of D: Eq. 5, or Eq. 2 where `predictions` carry no weight.
+    """The loss of D: Eq. 5, or Eq. 2 if `predictions` have no weight.
 
     lambda_adv is left out (released code): D has this one term, and Adam ignores its scale.
     Returns (loss, terms): a scalar, and a dict of detached scalars: the loss `d` and D's mean
-    probability of "source" on either domain, `d_source` and `d_target` (0.5 when G has won).
+    probability of "source" on each domain, `d_source` and `d_target` (0.5 if it cannot tell).
     """
     d_source = domain_logits(D, predictions.source)
     d_target = domain_logits(D, predictions.target)
@@ -277,23 +301,25 @@ def d_step(D: DiscriminatorLike, predictions: Predictions) -> tuple[Tensor, Term
     }
 
 
-# Beside the algorithm: the controls of the studies, and the check of a Hyper.
+# Not part of the algorithm: the controls of the studies, and the check of a Hyper.
 
 
 def controlled_weight(weight: Tensor, step: int, hyper: Hyper) -> Tensor:
-    """The weight of Eq. 5, B 1 H W, changed to tell *where* M puts it from *how much* there is.
+    """The weight of Eq. 5, B 1 H W, changed by the control `hyper.m_control`.
 
-    shuffled: the same weights at other pixels, in a new order each step. mean1: divided by their
-    mean.
+    The controls separate *where* M puts the weight from *how much* weight there is.
+    shuffled: the same weights at other pixels, in a new order each step.
+    mean1: the weights divided by their mean.
     """
     if hyper.m_control == "shuffled":
-        order = torch.randperm(weight[0].numel(), generator=torch.Generator().manual_seed(step))
-        return weight.flatten(1)[:, order.to(weight.device)].view_as(weight)
+        generator = torch.Generator(weight.device).manual_seed(step)  # CUDA's order is another one
+        order = torch.randperm(weight[0].numel(), generator=generator, device=weight.device)
+        return weight.flatten(1)[:, order].view_as(weight)
     return weight / weight.mean()
 
 
 def check(hyper: Hyper) -> None:
-    """Raises ValueError, with the field's name, where a number makes no sense."""
+    """Raises ValueError, with the field's name, if a number makes no sense."""
 
     def require(condition: bool, sentence: str) -> None:
         if not condition:
@@ -307,14 +333,14 @@ def check(hyper: Hyper) -> None:
     require(
         hyper.method == "source" or 0 <= hyper.adv_start < hyper.steps,
         f"adv_start {hyper.adv_start} must lie in [0, steps = {hyper.steps}): no step would be "
-        "adversarial; give a smaller adv_start (--adv-start), or method source",
+        "adversarial. Give a smaller adv_start (--adv-start), or method source",
     )
     require(
         len(hyper.scales) == len(hyper.scale_probs)
         and min(hyper.scales) > 0
         and min(hyper.scale_probs) >= 0
         and abs(sum(hyper.scale_probs) - 1) < 1e-6,
-        f"scales {hyper.scales} must be positive and need as many scale_probs, of sum 1, not "
+        f"scales {hyper.scales} must be positive and need as many scale_probs that sum to 1, not "
         f"{hyper.scale_probs}",
     )
     require(hyper.d_channels >= 1, "d_channels must be at least 1")

@@ -1,10 +1,11 @@
-"""The 19 classes that Cityscapes scores, their colours, and the ids that data sets write for them.
+"""The 19 classes that Cityscapes scores, their colours, and their ids in each data set's labels.
 
     label = TO_TRAIN_IDS["cityscapes"][label_ids]           # labelIds to train ids, both uint8
     colours = palette_of(CLASSES)[label]                    # H W 3 uint8
 
-A train id is the index of a class in CLASSES; IGNORE marks unlabelled pixels (Section 4.1). A new
-label id is entered here, and in tests/test_data.py, which holds the tables to the official ones.
+A train id is the index of a class in CLASSES. IGNORE marks unlabelled pixels (Section 4.1). A new
+label id is added here and in tests/test_data.py, which compares these tables with the official
+ones.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,7 +36,7 @@ INFREQUENT = ("fence", "pole", "traffic light", "traffic sign")
 
 
 def id_table(known_ids: Iterable[int], train_ids: dict[int, int]) -> np.ndarray:
-    """256 entries, id on disk to train id: IGNORE for the other known ids, UNKNOWN for the rest."""
+    """256 entries, id on disk to train id. Known ids without one get IGNORE, all others UNKNOWN."""
     to_train_ids = np.full(256, UNKNOWN, np.uint8)
     to_train_ids[list(known_ids)] = IGNORE
     for label_id, train_id in train_ids.items():
@@ -43,23 +44,23 @@ def id_table(known_ids: Iterable[int], train_ids: dict[int, int]) -> np.ndarray:
     return to_train_ids
 
 
-_LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-_CITYSCAPES = {label_id: train_id for train_id, label_id in enumerate(_LABEL_IDS)}
-_SYNTHIA = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11}
-_SYNTHIA |= {17: 12, 8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18}
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+FROM_CITYSCAPES = {label_id: train_id for train_id, label_id in enumerate(CITYSCAPES_IDS)}
+FROM_SYNTHIA = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11}
+FROM_SYNTHIA |= {17: 12, 8: 13, 18: 14, 19: 15, 20: 16, 12: 17, 11: 18}
 TO_TRAIN_IDS = {
-    "gta5": id_table((*range(35), 255), _CITYSCAPES),  # 34 and 255: the license plate, -1
-    "cityscapes": id_table((*range(35), 255), _CITYSCAPES),
-    "synthia": id_table(range(23), _SYNTHIA),
+    "gta5": id_table((*range(35), 255), FROM_CITYSCAPES),  # 34, 255: the license plate (id -1)
+    "cityscapes": id_table((*range(35), 255), FROM_CITYSCAPES),
+    "synthia": id_table(range(23), FROM_SYNTHIA),
 }
-LABEL_IDS = np.array(_LABEL_IDS, np.uint8)  # by train id, for the official scorer
+LABEL_IDS = np.array(CITYSCAPES_IDS, np.uint8)  # by train id, for the official scorer
 
 SYNTHIA_ABSENT = ("terrain", "truck", "train")  # classes that SYNTHIA's labels never show
 SYNTHIA_13 = tuple(c for c in CLASSES if c not in ("wall", "fence", "pole", *SYNTHIA_ABSENT))
 
 
 def palette_of(classes: Sequence[str]) -> np.ndarray:
-    """Colours by train id, 256 x 3 uint8: those of Cityscapes by name, a hue for other names."""
+    """Colours by train id, 256 x 3 uint8: Cityscapes' colour of that name, else a random one."""
     known = dict(zip(CLASSES, PALETTE, strict=True))
     palette = np.zeros((256, 3), np.uint8)
     for i, name in enumerate(classes):

@@ -37,19 +37,19 @@ SUFFIXES = (".png", ".jpg", ".jpeg")  # photographs of a folder
 
 
 Size = tuple[int, int]  # H W
-# Whether label files must exist: they must | what is missing shows when it is read | none is wanted
+# Label files: all must exist | a missing one is an error when it is read | none is opened
 Labels = Literal["required", "unchecked", "none"]
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One split of one data set: what it holds, not yet read."""
+    """One split of one data set: where its images and labels are. Nothing has been read."""
 
     name: str
     classes: tuple[str, ...]  # names by train id
-    labelled: tuple[str, ...]  # those that its labels can show
-    size: Size  # that its images are resized to
-    crop: Size  # of a training crop, for recipes that crop
+    labelled: tuple[str, ...]  # the classes that its labels can contain
+    size: Size  # its images are resized to this
+    crop: Size  # size of a training crop, for recipes that crop
     items: tuple  # (image path, label path | None), or arguments of streets.render
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ def read_image(path: Path) -> np.ndarray:
     """A photograph as H W 3 uint8 RGB. Raises ValueError for a file that does not hold one."""
     image = decode(path)
     if image.mode not in PHOTOGRAPH_MODES or image.info.get("bits") == 16:
-        raise ValueError(f"{path} has 16 bits a colour, or floats: convert it to 8-bit RGB")
+        raise ValueError(f"{path} has 16 bits per colour or float pixels: convert it to 8-bit RGB")
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -116,7 +116,7 @@ def read_synthia_ids(path: Path) -> np.ndarray:
             f"{path} is not a 16-bit RGB PNG but a converted copy (mode {image.mode}), which "
             "would be mapped twice: use the original files of GT/LABELS"
         )
-    # Pillow decodes one byte of the two at a time, here the high one. It is 0 for every class.
+    # Pillow decodes one of the two bytes at a time, here the high one. It is 0 for every class.
     if np.asarray(Image.open(path))[..., 0].any():
         raise ValueError(f"{path} holds a class above 255: use the original of GT/LABELS")
     return np.asarray(image)[..., 0]
@@ -128,7 +128,7 @@ def check_indices(image: Image.Image, path: Path) -> np.ndarray:
             f"{path} has pixels of mode {image.mode}, but a label is a grey or palette PNG of "
             "class indices: use the label file itself, not its colour picture"
         )
-    return np.asarray(image)  # of a palette image too: its indices, not its colours
+    return np.asarray(image)  # a palette image gives its indices, not its colours
 
 
 def map_ids(ids: np.ndarray, to_train_ids: np.ndarray, path: Path) -> np.ndarray:
@@ -156,10 +156,11 @@ def open_dataset(
 ) -> DataSet:
     """The images of one split, found but not read.
 
-    name: a row of DATASETS. role: "source" or "target" (streets draws its game or its city
-    accordingly). split: train, val or, for Cityscapes, test. folder: the data set's own folder.
-    size: H W to resize to instead of the data set's own. labels: a training target needs "none".
-    shift: how far the city of streets is from its game, in look and in layout, each in [0, 1].
+    name: a row of DATASETS. role: "source" or "target" (streets draws its game as the source and
+    its city as the target). split: train, val or, for Cityscapes, test. folder: the data set's own
+    folder. size: H W to resize to instead of the data set's own. labels: "none" for a target in
+    training. shift: how much the city of streets differs from its game, in look and in layout, each
+    in [0, 1].
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
@@ -178,7 +179,7 @@ def open_dataset(
     return kind.opener(Path(folder or ""), split, wanted, labels)
 
 
-FOLDER_FLAGS = " (--src-dir or --tgt-dir; --dir of data.py)"  # name a data set's own folder
+FOLDER_FLAGS = " (--src-dir or --tgt-dir; --dir of data.py)"  # flags for a data set's own folder
 
 
 def pair(
@@ -188,7 +189,7 @@ def pair(
     where: Path,
     layout: str,
 ) -> tuple:
-    """Sorted (image, label) paths. Raises ValueError for none, and for missing labels."""
+    """Sorted (image, label) paths. Raises ValueError if there is no image or a label is missing."""
     images = sorted(images)
     if not images:
         raise ValueError(f"no image in {where}: {layout}")
@@ -197,8 +198,8 @@ def pair(
     missing = [label for label in required if not label.is_file()]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(pairs)} images in {where} have no label, the first is "
-            f"{missing[0]}: {layout}"
+            f"{len(missing)} of {len(pairs)} images in {where} have no label, the first "
+            f"missing label is {missing[0]}: {layout}"
         )
     return pairs
 
@@ -231,7 +232,7 @@ def open_cityscapes(folder: Path, split: str, size: Size, labels: Labels) -> Dat
 
 
 STREETS_SIZE = (64, 128)
-# Scenes of streets by domain and split: the first index and how many. Splits share no scene.
+# Scenes of streets by domain and split: (first index, count). Splits share no scene.
 STREETS = {
     ("game", "train"): (0, 1500),
     ("game", "val"): (100_000, 250),
@@ -247,7 +248,7 @@ def open_streets(role: str, split: str, size: Size, shift: tuple) -> DataSet:
     return DataSet("streets", CLASSES, CLASSES, size, size, items)
 
 
-FOLDER_SHORT_SIDE = 144  # what a laptop trains in minutes; --tgt-size or --src-size asks for more
+FOLDER_SHORT_SIDE = 144  # a laptop trains this in minutes; --tgt-size or --src-size changes it
 
 
 def open_folder(folder: Path, split: str, size: Size | None, labels: Labels) -> DataSet:
@@ -259,7 +260,7 @@ def open_folder(folder: Path, split: str, size: Size | None, labels: Labels) -> 
         return (folder / "labels" / split / image.relative_to(where)).with_suffix(".png")
 
     pairs = pair(images, label_of, labels, where, DATASETS["folder"].layout)
-    if size is None:  # the aspect of the first image
+    if size is None:  # keep the aspect ratio of the first image
         width, height = read_header(pairs[0][0]).size
         scale = FOLDER_SHORT_SIDE / min(height, width)
         size = (8 * round(height * scale / 8), 8 * round(width * scale / 8))
@@ -269,14 +270,15 @@ def open_folder(folder: Path, split: str, size: Size | None, labels: Labels) -> 
 class Kind(NamedTuple):
     """A row of DATASETS: what is known of a data set before a file is read."""
 
-    opener: Callable[..., DataSet]  # (folder, split, size, labels); streets has its own
+    opener: Callable[..., DataSet]  # (folder, split, size, labels), but not for streets
     layout: str  # where its files belong, for messages
     folder: str | None  # its place under --data
-    splits: tuple[str, ...]  # (): one for each folder of that name
-    size: Size | None  # that its images are resized to; None: it follows from the first image
-    to_train_ids: np.ndarray | None = None  # by id on disk; None: in its classes.json, or drawn
+    splits: tuple[str, ...]  # (): any name of a folder in images/
+    size: Size | None  # its images are resized to this; None: it follows from the first image
+    # Train id by id on disk. None: classes.json has the ids, or the labels are drawn.
+    to_train_ids: np.ndarray | None = None
     read_ids: Callable[[Path], np.ndarray] = read_indices
-    tolerance: float = 0.0  # by which share the sizes of an image and its label may differ
+    tolerance: float = 0.0  # largest relative difference in size of image and label
 
 
 DATASETS = {
@@ -320,7 +322,7 @@ def targets() -> tuple[str, ...]:
 
 
 def default_folder(name: str, data: Path) -> Path | None:
-    """Where a data set lies under the folder of data sets; None where it has no such place."""
+    """Where a data set lies under the folder of data sets; None if it has no place there."""
     inside = DATASETS[name].folder
     return data / inside if inside else None
 
@@ -330,7 +332,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """classes.json of a folder: names by label id, and the map from label id to train id.
 
     {"names": ["sky", ...], "ignore": [11]}: id i is names[i]; the ids of `ignore` are unlabelled.
-    Names that Cityscapes has too are what lets two data sets meet.
+    The classes of two data sets are matched by name: use Cityscapes' names where they fit.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -343,9 +345,9 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
         ):
             raise ValueError("names must be different strings, at least one")
         if len(names) > UNKNOWN or set(content) - {"names", "ignore"}:
-            raise ValueError("it takes up to 254 names, and no other key than names and ignore")
+            raise ValueError("it may hold up to 254 names, and no keys but names and ignore")
         if not all(isinstance(i, int) and len(names) <= i <= 255 for i in ignore):
-            raise ValueError("ignore must list ids behind those of the names, up to 255")
+            raise ValueError("ignore must list ids after those of the names, up to 255")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a class list ({error}): write "
@@ -357,7 +359,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
 # Reading samples.
 
 
-@lru_cache(maxsize=4096)  # every scene of the default run is drawn once, in some 90 MB
+@lru_cache(maxsize=4096)  # keeps every scene of the default run, some 90 MB
 def draw_small_street(item: tuple, size) -> tuple[np.ndarray, np.ndarray]:
     index, domain, shift, layout = item
     return streets.render(index, domain, size=size, shift=shift, layout=layout)
@@ -394,9 +396,9 @@ def label_at(dataset: DataSet, i: int) -> np.ndarray:
 
 
 def check_pair(dataset: DataSet, i: int, image: np.ndarray, label: np.ndarray) -> None:
-    """Raises ValueError where image and label cannot be of one scene.
+    """Raises ValueError if the sizes of image and label do not fit each other.
 
-    A few pairs of GTA5 differ by some pixels. Both are resized to one grid.
+    A few published pairs of GTA5 differ by some pixels. These pass: both are resized to one grid.
     """
     a, b = np.array(image.shape[:2]), np.array(label.shape)
     allowed = DATASETS[dataset.name].tolerance
@@ -408,7 +410,7 @@ def check_pair(dataset: DataSet, i: int, image: np.ndarray, label: np.ndarray) -
 
 
 def resize(pixels: np.ndarray, size, box=None) -> np.ndarray:
-    """H W 3 images bicubic (antialiased), H W labels nearest, to size H W; box: y0 x0 y1 x1."""
+    """Resizes H W 3 images (bicubic, antialiased) or H W labels (nearest); box: y0 x0 y1 x1."""
     if pixels.shape[:2] == tuple(size) and box is None:
         return pixels
     how = Image.Resampling.BICUBIC if pixels.ndim == 3 else Image.Resampling.NEAREST
@@ -425,7 +427,7 @@ def epoch_order(length: int, seed: int, domain: int, epoch: int) -> np.ndarray:
 
 
 def sample_index(n: int, length: int, seed: int, domain: int) -> int:
-    """Which image the n-th sample of a domain is: every epoch a new order, no image left out."""
+    """The image of the n-th sample of a domain. Each epoch has all images, in a new order."""
     return int(epoch_order(length, seed, domain, n // length)[n % length])
 
 
@@ -441,7 +443,7 @@ def augment(pixels, size, scale, box, mirror):
 
 
 def jitter_colours(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Another gain and offset for each colour, up to `strength` of the range."""
+    """Draws a gain and an offset for each colour, of up to `strength` of the range."""
     if not strength:
         return image
     gain, offset = rng.uniform(-strength, strength, (2, 3))
@@ -449,7 +451,7 @@ def jitter_colours(image: np.ndarray, strength: float, rng: np.random.Generator)
 
 
 def domain_batch(step, dataset, domain, hyper: Hyper, seed, rank, world, labels: bool):
-    """Images (and labels) of one domain for one step; one scale, so that they can be stacked."""
+    """Images (and labels) of one domain for one step. One scale, so that they can be stacked."""
     rng = np.random.default_rng([seed, domain, step, rank])
     scale = rng.choice(hyper.scales, p=hyper.scale_probs)
     crop = np.minimum(dataset.crop, dataset.size).tolist() if hyper.crop else list(dataset.size)
@@ -476,7 +478,7 @@ def batch_at(
     """The batch of one step: uint8 images of both, uint8 labels of the source alone.
 
     target None: a step on the source alone.
-    rank and world: which of how many processes asks; their samples are disjoint.
+    rank and world: number of this process, and of how many. Their samples are disjoint.
     """
     images, labels, _ = domain_batch(step, source, 0, hyper, seed, rank, world, labels=True)
     if target is None:
@@ -549,9 +551,9 @@ def pair_at(dataset: DataSet, i: int):
 def shared_classes(source: DataSet, target: DataSet) -> tuple[np.ndarray, tuple, tuple]:
     """How the target's labels are mapped to the classes of the source, which the network has.
 
-    Returns (to_source_ids, scored, left_out): by the target's train id the source's, 256 uint8
-    (255 where the source lacks the class); the names both have, in the source's order; and the
-    names that only one side has.
+    Returns (to_source_ids, scored, left_out): the source's train id for each of the target's, 256
+    uint8 (255 if the source lacks the class); the names that both have, in the source's order; and
+    the names that only one of the two has.
     """
     scored = tuple(c for c in source.classes if c in source.labelled and c in target.labelled)
     if not scored:
@@ -571,7 +573,7 @@ def shared_classes(source: DataSet, target: DataSet) -> tuple[np.ndarray, tuple,
 
 
 def check(dataset: DataSet, console: Console) -> list[str]:
-    """Read every file; print what is wrong and the class frequencies; return the sentences."""
+    """Read every file, print its faults and the class frequencies, and return the faults."""
     wrong, notes = [], []
     pixels, seen = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for i in track(range(len(dataset)), f"reading {dataset.name}", console=console):

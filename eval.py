@@ -45,7 +45,7 @@ from weights import load_generator
 def confusion_matrix(
     pred: torch.Tensor, label: torch.Tensor, num_classes: int, *, total: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """How many pixels of class i (row) were called j (column).
+    """How many pixels of class i (row) were predicted as class j (column).
 
     pred, label: integers of equal shape on one device; pred in 0 to num_classes - 1; a label
     outside that range (255) is unlabelled and not counted. total: a matrix to add to.
@@ -55,7 +55,7 @@ def confusion_matrix(
         raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
     label = label.int()  # enough for the bins, and half the memory
     counted = (label >= 0) & (label < num_classes)
-    # Unlabelled pixels go to one more bin. So no tensor's size depends on the data.
+    # Unlabelled pixels go to an extra bin, so that no tensor's size depends on the data.
     bins = torch.where(counted, label * num_classes + pred, num_classes**2)
     counts = torch.bincount(bins.flatten(), minlength=num_classes**2 + 1)[:-1]
     counts = counts.view(num_classes, num_classes)
@@ -76,7 +76,7 @@ def iou(confusion: torch.Tensor) -> torch.Tensor:
 def predict(
     G: torch.nn.Module, images: torch.Tensor, sizes: Sequence[Sequence[int]], amp: bool = False
 ) -> list[torch.Tensor]:
-    """Train ids (uint8 H W) of B 3 h w uint8 images, each at its own full size of `sizes`.
+    """Train ids (uint8 H W) of B 3 h w uint8 images, each at its full size in `sizes`.
 
     The logits are up-sampled before the argmax (Section 4.2).
     """
@@ -90,7 +90,8 @@ def predict(
 def best_class(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The arg-max over classes of C h w logits up-sampled to size H W, as uint8 H W.
 
-    Class by class: two planes of that size in memory instead of C, and a third of the time.
+    It works class by class. So it holds two planes of that size instead of C, and takes a third of
+    the time.
     """
 
     def plane(c: int) -> torch.Tensor:  # H W
@@ -132,7 +133,7 @@ def evaluate(
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=data.ignore_signals,
-        generator=torch.Generator(),  # its own: evaluation must not move the training's
+        generator=torch.Generator(),  # not torch's own, which training draws from
     )
     for pairs in data.checked(loader):
         indices, images, labels = zip(*pairs, strict=True)
@@ -160,7 +161,7 @@ def scores(confusion: torch.Tensor, classes, scored) -> dict:
 
 
 def report(confusion: torch.Tensor, source: data.DataSet, target: data.DataSet) -> dict:
-    """The scores of a confusion matrix, with the classes that were left out named."""
+    """The scores of a confusion matrix, and the names of the classes that were left out."""
     _, scored, left_out = data.shared_classes(source, target)
     result = scores(confusion, source.classes, scored)
     if source.name == "synthia" and target.name == "cityscapes":
@@ -279,7 +280,7 @@ def draw(
 
 
 def save_labels(folder: Path, dataset: data.DataSet, classes: Sequence[str]):
-    """A `save` for evaluate(): labelIds PNGs, named and coded as the official scorer takes them."""
+    """A `save` for evaluate(): labelIds PNGs with the names and ids of the official scorer."""
     if tuple(classes) != CLASSES:
         raise ValueError("--save-predictions writes Cityscapes labelIds: the run has other classes")
     folder.mkdir(parents=True, exist_ok=True)
@@ -298,7 +299,7 @@ def evaluate_main(args: argparse.Namespace) -> None:
     settings = metadata.get("settings", {})
     src, tgt = args.src or settings.get("src"), args.tgt or settings.get("tgt")
     if not (src and tgt):
-        raise ValueError(f"{path} does not say its data sets: give --src and --tgt")
+        raise ValueError(f"{path} does not name its data sets: give --src and --tgt")
 
     def folder_of(name: str, flag: Path | None, key: str) -> Path | None:
         saved = settings.get(key) if settings.get(key.split("_")[0]) == name else None
@@ -322,12 +323,12 @@ def evaluate_main(args: argparse.Namespace) -> None:
     G = place(G, device)
     to_source_ids, _, _ = data.shared_classes(source, target)
     save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
-    amp = uses_bfloat16(settings.get("amp", "off"), device)  # as its training does
+    amp = uses_bfloat16(settings.get("amp", "off"), device)  # as in training
     how = {"device": device, "amp": amp, "workers": args.workers, "save": save}
     confusion = evaluate(G, target, to_source_ids, **how)
     rank, _ = ranks()
     leave_processes()
-    if rank > 0:  # one of several processes shows and writes
+    if rank > 0:  # only the first process prints and writes
         return
     result = report(confusion, source, target)
 
@@ -336,10 +337,10 @@ def evaluate_main(args: argparse.Namespace) -> None:
     paper = paper_row(src, tgt, backbone, method)
     console.print(score_table(f"{src} to {tgt} {args.split}", {"%": result, "paper": paper}))
     if result["left_out"]:
-        console.print(f"left out, on one side only: {', '.join(result['left_out'])}")
+        console.print(f"not scored, in one data set only: {', '.join(result['left_out'])}")
     result |= {"checkpoint": str(path), "settings": settings}
     of_the_run = not settings or (tgt, args.split) == (settings["tgt"], "val")
-    name = "eval" if of_the_run else f"eval-{tgt}-{args.split}"  # another score than the run's own
+    name = "eval" if of_the_run else f"eval-{tgt}-{args.split}"  # keeps the run's own score
     (out / f"{name}.json").write_text(json.dumps(result, indent=1))
     figure = draw(target, to_source_ids, {"prediction": G}, device, source.classes)
     figure.savefig(out / f"{name}.png", dpi=DPI)
@@ -378,7 +379,7 @@ def predict_main(args: argparse.Namespace) -> None:
     names = [p.with_suffix("") for p in paths]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name} exists with two endings, for one mask: rename one of them")
+            raise ValueError(f"{name} exists with two endings but would get one mask: rename one")
     if args.short_side is not None and args.short_side < 32:
         raise ValueError(f"--short-side {args.short_side} is too small: give at least 32")
     for file in track(paths, "predicting", console=console):
@@ -400,8 +401,8 @@ def predict_main(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description="Score a run, or `predict` on photographs.")
     top.add_argument("run", type=Path, help="a run folder or a file of weights")
-    top.add_argument("--backbone", default="r101", help="for weights that do not say theirs")
-    top.add_argument("--lineage", help="for weights that do not say theirs")
+    top.add_argument("--backbone", default="r101", help="for weights that do not name theirs")
+    top.add_argument("--lineage", help="for weights that do not name theirs")
     top.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if any")
     return top
 
@@ -412,19 +413,17 @@ def main(argv=None) -> None:
     if argv[:1] == ["predict"]:
         command.add_argument("--images", type=Path, required=True, help="a folder of photographs")
         command.add_argument("--out", type=Path, required=True, help="where masks and overlays go")
-        command.add_argument("--short-side", type=int, help="size the network sees; the run's own")
+        command.add_argument("--short-side", type=int, help="size for the network [the run's]")
         run, args = predict_main, command.parse_args(argv[1:])
     else:
         names = tuple(data.DATASETS)
-        command.add_argument("--src", choices=names, help="whose classes G has; the run's own")
-        command.add_argument("--tgt", choices=names, help="data set to score on; the run's own")
+        command.add_argument("--src", choices=names, help="source, whose classes G has [the run's]")
+        command.add_argument("--tgt", choices=names, help="data set to score on [the run's]")
         command.add_argument("--split", default="val")
-        command.add_argument(
-            "--data", type=Path, help="folder of data sets; the run's own, or data"
-        )
+        command.add_argument("--data", type=Path, help="folder of data sets [the run's, or data]")
         command.add_argument("--src-dir", type=Path, help="the source's own folder")
         command.add_argument("--tgt-dir", type=Path, help="the target's own folder")
-        command.add_argument("--tgt-size", type=int, nargs=2, help="H W that the network sees")
+        command.add_argument("--tgt-size", type=int, nargs=2, help="H W of the network's input")
         command.add_argument("--workers", type=int, default=0, help="processes that read images")
         command.add_argument("--save-predictions", type=Path, help="folder for labelIds PNGs")
         run, args = evaluate_main, command.parse_args(argv)

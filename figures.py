@@ -3,7 +3,7 @@
     ccd(study)              # distances between class centres, over training and by class
     distance = cluster_distance(G, source, val, to_source_ids, count=1000)
 
-Each makes the runs that it needs and writes pictures and tables where the study asks for them.
+Each makes the runs that it needs and writes pictures and tables to the folder of the study.
 """
 
 from collections.abc import Iterator, Sequence
@@ -56,20 +56,20 @@ def load(path: Path, device: torch.device) -> Generator:
 
 
 def open_target(flags: Flags) -> tuple[data.DataSet, data.DataSet, np.ndarray]:
-    """Source and labelled validation split of a run, and the split's train ids as the source's."""
+    """Source, labelled validation split, and the map from the split's train ids to the source's."""
     source, _, val = open_all(configure(flags)[0])
     return source, val, data.shared_classes(source, val)[0]
 
 
 def first_seed(study: Study) -> tuple[dict[str, Flags], dict[str, list[dict]]]:
-    """The methods' runs on the first seed, made where missing: (cells, results) by method."""
+    """Runs of all methods on the first seed, made if missing: (cells, results) by method."""
     groups = {method: [study.cell(study.seeds[0], method=method)] for method in study.methods}
     results = run_groups(study, groups)
     return {m: group[0] for m, group in groups.items()}, results
 
 
 def spread_images(dataset: data.DataSet, count: int) -> Iterator[tuple]:
-    """(index, image 3 H W, label H' W') of at most `count` images, evenly over a split."""
+    """(index, image 3 H W, label H' W') of at most `count` images, evenly spread over a split."""
     picks = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
     pairs = data.Pairs(dataset)
     yield from data.checked(pairs[int(i)] for i in picks)
@@ -81,9 +81,9 @@ def labelled_features(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(index, features N d, train ids N) of each image, at the labelled pixels of E's grid.
 
-    Ours, as the paper does not say: the features are what the classifiers read (of VGG-16's three
-    maps the deepest), in evaluation mode; a label is down-sampled to their grid by taking the
-    pixel nearest to each cell's centre. to_source_ids: see data.shared_classes.
+    The paper does not define these features. Our choice is what the classifiers read (the deepest
+    of VGG-16's three maps), in evaluation mode. A label is down-sampled to their grid: each cell
+    takes the pixel nearest to its centre. to_source_ids: see data.shared_classes.
     """
     device = next(G.parameters()).device
     to_source = torch.from_numpy(to_source_ids)
@@ -120,7 +120,7 @@ def cluster_distance(
 
 
 def over_training(cells: dict[str, Flags]) -> dict[str, dict[int, Path]]:
-    """Checkpoints by method and step. Those of a shared warm-up lie with one of the runs."""
+    """Checkpoints by method and step. Those of a shared warm-up are in one of the run folders."""
     curves = {
         method: {read_metadata(p)["step"]: p for p in of_steps(flags["out"])}
         for method, flags in cells.items()
@@ -131,17 +131,17 @@ def over_training(cells: dict[str, Flags]) -> dict[str, dict[int, Path]]:
             if warm_up(cells[other]) == warm_up(flags):
                 curves[method] |= {s: p for s, p in curves[other].items() if s <= hyper.adv_start}
         if len(curves[method]) < min(10, hyper.steps):
-            raise ValueError(f"{flags['out']} kept too few checkpoints for a curve: delete it")
+            raise ValueError(f"{flags['out']} has too few checkpoints for a curve: delete it")
     return {method: dict(sorted(steps.items())) for method, steps in curves.items()}
 
 
 def ccd(study: Study) -> None:
     """Figure 4 (left) and Figure 6: cluster-centre distances over training and by class.
 
-    Distances are divided by those before any training, so that this is at 1: an ImageNet network
-    for r101, vgg16 and lite0; for tiny a random one, whose distances mean little, so that there
-    only the comparison of methods counts. The target's labels are of its validation split. One
-    seed, the first.
+    Distances are divided by those of the untrained network, so that every curve starts at 1. For
+    r101, vgg16 and lite0 this network has ImageNet weights. For tiny it is random and its distances
+    mean little: there only the comparison of methods counts. The target's labels are those of its
+    validation split. Only the first seed is measured.
     """
     first = study.cell(study.seeds[0], method=study.methods[0])
     source, val, to_source_ids = open_target(first)
@@ -188,13 +188,13 @@ def ccd(study: Study) -> None:
     rows.append(["mean", *(f"{np.mean(c):.2f}" for c in columns.values())])
     note = (
         f"Euclidean distance between the domains' mean features, up to {study.images} images of "
-        "each, over the distance before training; last checkpoint, first seed. * infrequent."
+        "each, divided by that before training; last checkpoint, first seed. * infrequent."
     )
     write(study, f"ccd-{study.task}", ["class", *columns], rows, note, results)
 
 
 def bars(ax: Any, names: list[str], groups: dict[str, list[float]]) -> None:
-    """Grouped bars, one group a name, one colour a key."""
+    """Grouped bars: a group for each name, a colour for each key."""
     width = 0.8 / len(groups)
     for k, (label, values) in enumerate(groups.items()):
         x = np.arange(len(names)) + (k - (len(groups) - 1) / 2) * width
@@ -267,7 +267,7 @@ FIGURE_3 = ("building", "traffic sign", "pole", "vegetation")
 
 
 def some_of_each(i: int, ids: torch.Tensor, wanted: list[int], most: int) -> np.ndarray:
-    """Where at most `most` pixels of each class lie in image i: the same for all networks."""
+    """Indices of at most `most` pixels of each class in image i, the same for all networks."""
     order = np.random.default_rng(i).permutation(len(ids))
     shuffled = ids.numpy()[order]
     return np.concatenate([order[shuffled == c][:most] for c in wanted])
@@ -291,15 +291,15 @@ def tsne(study: Study) -> None:
     axes = figure.subplots(1, len(cells), squeeze=False)[0]
     for ax, (method, flags) in zip(axes, cells.items(), strict=True):
         G = load(newest_checkpoint(flags["out"]), device_of(study))
-        kept, of = [], []
+        kept, kept_ids = [], []
         for i, features, ids in labelled_features(G, val, to_source_ids, min(study.images, 100)):
             picks = some_of_each(i, ids, wanted, 20)
             kept.append(features[picks])
-            of.append(ids[picks])
-        x, class_of = torch.cat(kept), torch.cat(of)
+            kept_ids.append(ids[picks])
+        x, class_of = torch.cat(kept), torch.cat(kept_ids)
         picks = some_of_each(0, class_of, wanted, 150)
         if len(picks) < 8:
-            raise ValueError(f"fewer than 8 labelled features of {', '.join(FIGURE_3)}: {val.name}")
+            raise ValueError(f"{val.name} has fewer than 8 features of {', '.join(FIGURE_3)}")
         perplexity = min(30, (len(picks) - 1) / 3)
         plane = TSNE(random_state=0, init="pca", perplexity=perplexity).fit_transform(x[picks])
         for c in wanted:
@@ -338,8 +338,8 @@ def ensemble_and_m(
 def weightmap(study: Study) -> None:
     """What the adaptive weight does: M, the weight and D's answer on one target image.
 
-    When adaptation starts and when it has ended, both judged by the D of the end, which alone has
-    learnt. First seed of CLAN.
+    One row shows the start of adaptation, the other its end. Both show the answer of the last D,
+    because only this one has learnt. First seed of CLAN.
     """
     flags = study.cell(study.seeds[0], method="clan")
     results = run_cells(study, [flags])

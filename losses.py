@@ -1,7 +1,8 @@
 """The losses of CLAN, Eq. 2 to 5 of the paper, as four pure functions.
 
-Each takes tensors and floats and returns a tensor, needs `torch` alone and can be copied out by
-itself. Each works on any device and batch size and computes in float32 at least, whatever comes in.
+Each takes tensors and floats and returns a tensor. Each needs only `torch` and can be copied by
+itself. Each works on any device and for any batch size, and computes in float32 or wider for every
+input type.
 
     loss = segmentation_loss(logits_1 + logits_2, labels)                    # Eq. 3
     weight = 40 * discrepancy_map(p1, p2) + 0.4                # Eq. 5, p1 and p2 of the target
@@ -21,10 +22,10 @@ def segmentation_loss(
     """Cross-entropy (Eq. 3), averaged over the labelled pixels.
 
     logits: B C H W, unnormalised. labels: B H W int64, 0 to C-1, or `ignore_index`.
-    gamma: 0 for Eq. 3; above 0 the focal form of the released code, -(1 - p)^gamma log p with
-        p clamped to [1e-9, 1 - 1e-9] (the released code has gamma = 2).
-    Returns a scalar >= 0 in nats; 0 with a zero gradient where no pixel is labelled.
-    Raises ValueError if the two do not lie on the same grid.
+    gamma: 0 for Eq. 3. Above 0 it gives the focal form of the released code, -(1 - p)^gamma log p
+        with p clamped to [1e-9, 1 - 1e-9] (the released code has gamma = 2).
+    Returns a scalar >= 0 in nats. If no pixel is labelled, it is 0 and its gradient is zero.
+    Raises ValueError if logits and labels are not on the same grid.
     """
     if logits.shape[:1] + logits.shape[2:] != labels.shape:
         raise ValueError(
@@ -48,9 +49,9 @@ def weight_discrepancy(
 ) -> torch.Tensor:
     """Cosine of the angle between the two classifiers' weights (Eq. 4).
 
-    weights_1, weights_2: sequences of tensors, ordered alike and of equal sizes, any shapes:
-        flattened and joined they are the vectors w1 and w2.
-    Returns a scalar in [-1, 1], 0 where a vector is zero; minimising it drives the two apart.
+    weights_1, weights_2: sequences of tensors of any shape, in the same order and of equal sizes.
+        Flattened and joined, they are the vectors w1 and w2.
+    Returns a scalar in [-1, 1]. It is 0 if w1 or w2 is zero. Minimising it drives the two apart.
     Raises ValueError if the two vectors differ in length.
     """
     w1 = torch.cat([w.flatten() for w in weights_1])
@@ -61,7 +62,7 @@ def weight_discrepancy(
     w1, w2 = w1.to(dtype), w2.to(dtype)
     n1, n2 = w1.norm(), w2.norm()
     u1, u2 = w1 / n1.where(n1 > 0, 1), w2 / n2.where(n2 > 0, 1)
-    return (u1 * u2).sum().clamp(-1, 1)  # Eq. 4; not a matmul: autocast would round it
+    return (u1 * u2).sum().clamp(-1, 1)  # Eq. 4; autocast would round a matmul
 
 
 def discrepancy_map(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
@@ -75,10 +76,10 @@ def discrepancy_map(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"the predictions differ in shape: {tuple(p1.shape)}, {tuple(p2.shape)}")
     dtype = torch.promote_types(p1.dtype, torch.float32)
     p1, p2 = p1.to(dtype), p2.to(dtype)
-    # Unit vectors by squares and one factor a pixel: half the time of norm() and a division.
+    # Squares and one rsqrt per pixel take half the time of norm() and a division.
     n1, n2 = p1.square().sum(dim=1, keepdim=True), p2.square().sum(dim=1, keepdim=True)
     u1, u2 = p1 * n1.where(n1 > 0, 1).rsqrt(), p2 * n2.where(n2 > 0, 1).rsqrt()
-    # 1 - cos(p1, p2) = |u1 - u2|^2 / 2 for unit vectors: exact where the two nearly agree.
+    # 1 - cos(p1, p2) = |u1 - u2|^2 / 2. This form is exact where p1 and p2 nearly agree.
     m = (u1 - u2).square().sum(dim=1, keepdim=True) / 2  # B 1 H W
     return m.clamp(max=1)
 
@@ -90,7 +91,7 @@ def adversarial_loss(
 
     d_logits: B 1 H W; sigmoid(d_logits) is D's probability of *source* (the paper's convention;
         the released code has it the other way round, which is symmetric).
-    is_source: the domain to be scored, not that of the image: G's loss asks for True on target.
+    is_source: the domain that this loss wants D to answer. G's loss passes True for target images.
     weight: B 1 H W, lambda_local * M + eps (Eq. 5); None counts every pixel once (Eq. 2).
     Returns a scalar, the mean over all pixels; finite for logits of any size.
     Raises ValueError if weight and d_logits differ in shape.
@@ -101,7 +102,8 @@ def adversarial_loss(
             "resize D's answer to the weight map first"
         )
     d = d_logits.to(torch.promote_types(d_logits.dtype, torch.float32))
-    # log D for the source, log(1 - D) for the target, through logsigmoid(x) = -log(1 + e^-x).
+    # log D for the source is logsigmoid(d). log(1 - D) for the target is logsigmoid(-d).
+    # logsigmoid(x) = -log(1 + e^-x) is finite for every x.
     log_d = torch.nn.functional.logsigmoid(d if is_source else -d)
     loss = -log_d if weight is None else -weight * log_d  # Eq. 2 | Eq. 5
     return loss.mean()

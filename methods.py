@@ -1,11 +1,11 @@
-"""The methods that a run can follow, in one table: what each is called, reads and computes.
+"""One table of the methods: the label of each, what it reads, and its steps.
 
     method = METHODS[hyper.method]
     loss, terms, predictions = method.g_step(G, D, batch, step, hyper)
 
-To add a method: write its steps (pure functions, as those of clan.py) and a row here. Its own
-numbers are the fields of a subclass of clan.Hyper; each becomes a flag of this method alone.
-CONTRIBUTING.md has the list of places.
+To add a method, write its steps (pure functions, like those of clan.py) and a row here. Numbers
+that only this method has are the fields of a subclass of clan.Hyper. Each becomes a flag that only
+this method accepts. CONTRIBUTING.md lists all places to change.
 """
 
 from collections.abc import Callable
@@ -30,17 +30,17 @@ ADVERSARIAL = D_ONLY | {"lambda_adv", "damping", "minimax"}
 class Method:
     """A row of the table. The steps of a method with a state take the state as last argument."""
 
-    label: str  # in tables and figures; the paper's name, where the paper has the method
-    unused: set[str]  # fields of Hyper that its steps never read: to give one is an error
+    label: str  # its name in tables and figures; the paper's name if the paper has it
+    unused: set[str]  # fields of Hyper that its steps never read; their flags are refused
     numbers: type[Hyper] = Hyper  # a subclass where the method has numbers of its own
     reads_target: bool = True  # from adv_start on
-    has_d: bool = True  # source only has one too: it shares its warm-up's checkpoint with TAN
-    warm_up: str = "source"  # methods of one word here take the same steps before adv_start
+    has_d: bool = True  # `source` has one too, because it shares its warm-up with TAN
+    warm_up: str = "source"  # methods with the same word take the same steps before adv_start
     g_step: Callable[..., tuple[Tensor, Terms, Any]] = clan.g_step
-    # Further steps of G, from adv_start on: each (G, batch, step, hyper) to (loss, terms).
+    # Further steps of G from adv_start on. Each maps (G, batch, step, hyper) to (loss, terms).
     later_steps: tuple[Callable[..., tuple[Tensor, Terms]], ...] = ()
     d_step: Callable[..., tuple[Tensor, Terms]] = clan.d_step
-    # The state: at first from (G, hyper), after each step from (state, G, terms, hyper).
+    # The state is made from (G, hyper) and after each step from (state, G, terms, hyper).
     first_state: Callable[[Any, Hyper], State] | None = None
     next_state: Callable[[State, Any, Terms, Hyper], State] | None = None
 
@@ -63,6 +63,6 @@ def own_fields(name: str) -> set[str]:
 
 
 def unused_fields(name: str) -> set[str]:
-    """What a run of this method never reads: fields of Hyper, and the other methods' own."""
+    """Fields that this method never reads: of Hyper, and those that other methods add."""
     others = set().union(*map(own_fields, METHODS))
     return METHODS[name].unused | (others - own_fields(name))

@@ -39,7 +39,7 @@ def normalize(
 
 
 def mean_and_std(lineage: str) -> tuple[Tensor, Tensor]:
-    """1 3 1 1 each."""
+    """Mean and standard deviation of the lineage, each 1 3 1 1."""
     _, mean, std = NORMALIZATION[lineage]
     return torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
 
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
     def __init__(self, c_in: int, width: int, stride: int, dilation: int, caffe: bool):
         super().__init__()
         c_out = 4 * width
-        # The Caffe networks stride in the first convolution, torchvision's in the 3x3.
+        # Caffe's networks have the stride in the first convolution, torchvision's in the 3x3.
         stride_1, stride_2 = (stride, 1) if caffe else (1, stride)
         self.conv1 = nn.Conv2d(c_in, width, 1, stride_1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -198,7 +198,7 @@ class SameConv(nn.Conv2d):
         return dilation * before, dilation * after
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.trained_stride == 1:  # symmetric for every size: no copy
+        if self.trained_stride == 1:  # symmetric padding for every size: no copy needed
             same = self.dilation[0] * (self.kernel_size[0] // 2)
             return F.conv2d(x, self.weight, None, 1, same, self.dilation, self.groups)
         return super().forward(F.pad(x, (*self.pads(x.shape[-1]), *self.pads(x.shape[-2]))))
@@ -251,7 +251,7 @@ LITE0_STAGES = (
 
 
 def lite0_blocks(output_stride: int) -> nn.Sequential:
-    """The 16 blocks; strides past `output_stride` (32: none is) become dilation."""
+    """The 16 blocks. Strides beyond `output_stride` become dilation; at 32 none does."""
     blocks, c_in, reached, dilation = [], 32, 2, 1
     for kernel, stride, expand, c_out, depth in LITE0_STAGES:
         dense = stride == 2 and reached == output_stride
@@ -284,7 +284,7 @@ class Lite0(nn.Module):
 
 
 class DilatedHead(nn.Module):
-    """DeepLab-v2's classifier: the sum (of all of them) of dilated 3x3 convolutions."""
+    """DeepLab-v2's classifier: the sum of all its dilated 3x3 convolutions."""
 
     def __init__(self, channels: int, dilations: tuple[int, ...], num_classes: int):
         super().__init__()
@@ -304,8 +304,8 @@ class Fcn8Head(nn.Module):
         self.score_pool3 = nn.Conv2d(256, num_classes, 1)
         self.score_pool4 = nn.Conv2d(512, num_classes, 1)
         self.score_fc7 = nn.Conv2d(4096, num_classes, 1)
-        # On images of 0 to 255 the early features are in the hundreds; FCN8s trained in one go
-        # ("at once") scales them down by these.
+        # On images of 0 to 255 the early features are in the hundreds. FCN8s trained "at once" (not
+        # in stages) multiplies them by these factors.
         self.scale_pool3, self.scale_pool4 = (1e-4, 1e-2) if caffe else (1.0, 1.0)
 
     def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -327,11 +327,11 @@ def resize_to(x: Tensor, like: Tensor) -> Tensor:
 class Backbone(NamedTuple):
     """A row: how E and a head are made, and whose weights fit. `caffe`: the lineage is Caffe's."""
 
-    extractor: Callable[[bool], nn.Module]  # of `caffe`
-    head: Callable[[int, bool], nn.Module]  # of the number of classes and `caffe`
-    lineages: tuple[str, ...]  # the default first, the one of its ImageNet weights last
+    extractor: Callable[[bool], nn.Module]  # called with `caffe`
+    head: Callable[[int, bool], nn.Module]  # called with the number of classes and `caffe`
+    lineages: tuple[str, ...]  # first the default, last that of its ImageNet weights
     imagenet_url: str = ""
-    imagenet_package: str = ""  # an installable package that holds them, in place of a URL
+    imagenet_package: str = ""  # or an installable package that holds them
 
 
 def dilated(channels: int, dilations: tuple[int, ...]) -> Callable[[int, bool], nn.Module]:
@@ -352,8 +352,8 @@ BACKBONES = {
         "https://download.pytorch.org/models/vgg16-397923af.pth",
     ),
     "tiny": Backbone(lambda caffe: TinyNet(), dilated(64, (1, 2, 4, 6)), ("scratch",)),
-    # lite0 meets grids from 18x24 (images of 144x192) up: there a dilation of 18 or 24 reaches the
-    # zero padding only, so it takes the small ones.
+    # lite0's smallest feature grid is 18x24 (images of 144x192). A dilation of 18 or 24 would reach
+    # only its zero padding, so the head has small dilations.
     "lite0": Backbone(
         lambda caffe: Lite0(),
         dilated(256, (1, 2, 4, 6)),
@@ -364,13 +364,13 @@ BACKBONES = {
 
 
 def lineage_for(backbone: str, init: str | None) -> str:
-    """The lineage of a run with `--init init`: "imagenet" decides it, else the default holds."""
+    """The lineage of a run with `--init init`: of the ImageNet weights, or else the default."""
     check_choice("backbone", backbone, BACKBONES)
     return BACKBONES[backbone].lineages[-1 if init == "imagenet" else 0]
 
 
 def has_imagenet(backbone: str) -> bool:
-    """Whether ImageNet weights of this backbone can be had."""
+    """Whether there are ImageNet weights of this backbone."""
     check_choice("backbone", backbone, BACKBONES)
     return bool(BACKBONES[backbone].imagenet_url or BACKBONES[backbone].imagenet_package)
 
@@ -388,7 +388,7 @@ class Generator(nn.Module):
 
     mean: Tensor
     std: Tensor
-    if TYPE_CHECKING:  # nn.Module leaves the types of a call open
+    if TYPE_CHECKING:  # nn.Module does not type its calls
 
         def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
@@ -415,13 +415,13 @@ class Generator(nn.Module):
         self.E = extractor(caffe)
         self.C1, self.C2 = head(num_classes, caffe), head(num_classes, caffe)
         # E keeps PyTorch's initial values. FCN8s' authors start the score layers from zero. Two
-        # heads cannot: they would be equal, and their cosine undefined.
+        # such heads would be equal and their cosine undefined, so these are random.
         for m in (*self.C1.modules(), *self.C2.modules()):
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, std=head_std)
 
     def features(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """What E gives for uint8 RGB images, or for floating point ones already normalised."""
+        """E's output for uint8 RGB images, or for floating-point images already normalised."""
         if not images.is_floating_point():
             images = normalize(images, self.lineage, (self.mean, self.std))
         return self.E(images)
@@ -432,7 +432,7 @@ class Generator(nn.Module):
         return self.C1(x), self.C2(x)
 
     def classifier_weights(self, biases: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Filters (and biases: the released code) of C1 and C2 in the same order, for Eq. 4."""
+        """Filters of C1 and C2 in one order, for Eq. 4; `biases` adds these (released code)."""
 
         def weights(head: nn.Module) -> list[Tensor]:
             return [p for p in head.parameters() if biases or p.ndim == 4]
@@ -466,7 +466,7 @@ class Discriminator(nn.Module):
 
 
 def set_batchnorm(module: nn.Module, *, train_affine: bool, batch_statistics: bool) -> None:
-    """Whether BatchNorm learns its weight and bias, and whether it normalises by the batch's
+    """Sets whether BatchNorm learns its weight and bias, and whether it normalises by the batch's
     statistics (and updates the running ones). Call it after `module.train()`, which undoes it."""
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):

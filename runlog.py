@@ -4,7 +4,7 @@
     with log.bar, Stop() as stop:
         log.add(step + 1, terms, images=8)      # scalars, read when they have arrived
 
-Here a NaN is caught (`Log.read`) and a D that is stuck is named (`Log.watch`).
+`Log.read` catches a NaN. `Log.watch` warns of a D that is stuck.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from torch import Tensor
 from checkpoints import saved, to_disk
 from clan import Hyper, Terms
 
-# When to warn: D's mean probability of "source" beyond SURE, or below 1 - SURE, for STUCK steps.
+# Warn if D's mean probability of "source" is above SURE or below 1 - SURE for STUCK steps.
 SURE, STUCK = 0.999, 200
 D_WON = "try a smaller --lr-d, or a larger --lambda-adv"
 D_LOST = "try a smaller --lr-d, or a smaller --lambda-adv"
 
 
 class Log:
-    """metrics.jsonl, the progress shown, and the watch over what a run computes.
+    """Writes metrics.jsonl, shows the progress, and watches what a run computes.
 
-    The scalars of a step travel to the host while the device goes on. Each is read as soon as it
-    has arrived (on a CPU at once), so that no step waits and a NaN is named with its step. Of
-    several processes each watches its own scalars; the first alone has a `path` to write to.
+    The scalars of a step are copied to the host while the device goes on. They are read when they
+    have arrived (on a CPU at once). So no step waits, and the error for a NaN names its step. Each
+    process watches its own scalars. Only the first has a `path` to write to.
     """
 
     def __init__(self, path: Path | None, start: int, hyper: Hyper, every: int, console: Console):
@@ -58,7 +58,7 @@ class Log:
 
     @staticmethod
     def open(path: Path, start: int) -> TextIO:
-        """The file with its lines up to `start`, to go on from there."""
+        """The file, cut to its lines up to `start` and open to append more."""
         text = path.read_text() if start and path.exists() else ""
         lines = text[: text.rfind("\n") + 1].splitlines()  # a kill can leave half a line behind
         kept = [line for line in lines if json.loads(line)["step"] <= start]
@@ -69,14 +69,15 @@ class Log:
         return path.open("a", buffering=1)
 
     def add(self, step: int, terms: Terms, images: int) -> None:
-        """The terms of a step, and how many images it took; here steps count from 1."""
+        """Take the terms of a step and how many images it read. Here steps count from 1."""
         values: Tensor = torch.stack(list(terms.values()))
         arrived: Any = None  # the event after the copy; None on a CPU
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
+            host.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(values.device))
+            values = host
         self.pending.append((step, list(terms), values, arrived))
         self.images += images
         self.read()
@@ -111,8 +112,8 @@ class Log:
         won = source > SURE and target < 1 - SURE
         lost = min(source, target) > SURE or max(source, target) < 1 - SURE
         for what, now, advice in (
-            ("D tells the domains apart with certainty, G learns nothing from it", won, D_WON),
-            ("D gives one answer for both domains, G learns nothing from it", lost, D_LOST),
+            ("D tells the domains apart with certainty, so G learns nothing from it", won, D_WON),
+            ("D gives one answer for both domains, so G learns nothing from it", lost, D_LOST),
         ):
             self.stuck[what] = self.stuck.get(what, 0) + 1 if now else 0
             if self.stuck[what] == STUCK:
@@ -123,7 +124,7 @@ class Log:
                 )
 
     def record(self, line: dict) -> None:
-        if self.file is None:  # rank 0 alone writes
+        if self.file is None:  # only rank 0 writes
             return
         try:
             self.file.write(json.dumps(line) + "\n")
@@ -154,8 +155,8 @@ class Stopped(Exception):
 class Stop:
     """Ctrl-C or SIGTERM: the first asks the loop to save and end, the second ends at once.
 
-    Signals within `grace` seconds count as one: torchrun passes on a Ctrl-C that the process has
-    received itself.
+    Signals within `grace` seconds count as one: a Ctrl-C reaches a process twice, from the terminal
+    and from torchrun.
     """
 
     asked = False
@@ -178,12 +179,12 @@ class Stop:
         if self.asked:
             return
         self.asked, self.since = True, time.monotonic()
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        print("stopping after this step; interrupt again to stop at once", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def remedies(out: Path) -> Iterator[None]:
-    """Adds to a FloatingPointError which checkpoint is good and what to try."""
+    """Adds to a FloatingPointError the last good checkpoint and what to try."""
     try:
         yield
     except FloatingPointError as error:

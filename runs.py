@@ -1,11 +1,11 @@
 """Many runs: which are missing, shared warm-ups, processes, statistics over seeds, results.
 
-    results = run_cells(study, study.cells(method="tan"))        # one a seed, run where missing
+    results = run_cells(study, study.cells(method="tan"))        # one a seed; runs what is missing
     mean, deviation = spread(map(miou, results))
 
-A cell is one run of a study, given by its flags. A finished run is not run again, an interrupted
-one goes on, and runs that agree until adaptation starts share their warm-up, which changes no bit
-of them.
+A cell is one run of a study, given by its flags. A finished run is not run again. An interrupted
+one goes on. Runs that are equal until adaptation starts share this warm-up. Sharing changes no bit
+of their results.
 """
 
 import contextlib
@@ -37,22 +37,22 @@ from settings import FREE, Flags, Settings, configure, flag_of, refuse_other_ver
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked for: which runs, and where they and the results lie."""
+    """What the user asks for: which runs, and the folders of runs and results."""
 
     flags: Flags  # flags of train.py for all runs
-    tan: Flags  # TAN's own flags, where the two methods are tuned apart
+    tan: Flags  # flags of TAN alone, if TAN and CLAN are tuned separately
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     runs: Path
     to: Path
     jobs: int  # runs at a time
-    images: int  # at most so many of each domain where features are measured
-    curve_class: str  # whose cluster distance over training is drawn
+    images: int  # most images of each domain for measuring features
+    curve_class: str  # the class whose cluster distance over training is drawn
     command: str
 
     @property
     def task(self) -> str:
-        """Names data sets and backbone: the folder in --runs that the runs lie in."""
+        """The folder of the runs in --runs. Its name says the data sets and the backbone."""
         settings, _ = configure(self.flags)
         sides = ((settings.src, settings.src_dir), (settings.tgt, settings.tgt_dir))
         names = [Path(at or name).name if name == "folder" else name for name, at in sides]
@@ -63,13 +63,13 @@ class Study:
     def cell(self, seed: int, **change) -> Flags:
         """The flags of one run. Its folder is named by its method and by what `change` changes.
 
-        A flag that the method does not read (CLAN's alone, say) does not reach it. On the first
-        seed the plain runs of the methods keep checkpoints, for curves over training.
+        Flags that the method does not read are dropped. On the first seed the runs that change
+        nothing keep their checkpoints, for curves over training.
         """
         if change.get("method") == "tan":
             change = self.tan | change
-        # D's width is read by no loss of source only, but D's weights lie in the checkpoint that
-        # it shares with TAN.
+        # No loss of source only reads D's width. But D's weights are in the checkpoint that it
+        # shares with TAN.
         unused = unused_fields(change.get("method", clan.Hyper.method)) - {"d_channels"}
         flags = {k: v for k, v in (self.flags | change).items() if k not in unused}
         usual, fields = all_fields(self.flags), all_fields(flags)
@@ -100,13 +100,13 @@ def all_fields(flags: Flags) -> dict:
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """Where a run would go on."""
+    """The checkpoint that a run would go on from."""
     found = saved(out)
     return found[-1] if found else None
 
 
 def finished(flags: Flags) -> dict | None:
-    """The result of a run that is complete. Raises ValueError if its folder holds another run."""
+    """The result of a complete run, else None. Raises ValueError if its folder holds another."""
     out = flags["out"]
     last = last_checkpoint(out)
     if last is None:
@@ -123,20 +123,20 @@ def finished(flags: Flags) -> dict | None:
     return json.loads((out / RESULT).read_text()) if (out / RESULT).exists() else None
 
 
-# Fields that no step before adv_start reads: the target takes no part in those.
+# Fields that no step before adv_start reads, because these steps do not use the target.
 ADAPTATION_ONLY = ADVERSARIAL - {"d_channels"} | {"lambda_local", "eps", "adaptive_start"}
 ADAPTATION_ONLY |= {"detach_m", "m_control", "shift"}
 
 
 def warm_up(flags: Flags) -> str:
-    """What the steps before adv_start depend on: runs that agree in it share them bit for bit."""
+    """What the steps before adv_start depend on. If it is equal, these steps are, bit for bit."""
     settings, hyper = configure(flags)
     if not 0 < hyper.adv_start < hyper.steps:
         return str(settings.out)  # nothing to share
     fields = {k: v for k, v in all_fields(flags).items() if k not in FREE | ADAPTATION_ONLY}
     method = METHODS[hyper.method]
     kind = method.warm_up
-    if kind == "source":  # it reads neither Eq. 4's fields nor those of the other methods
+    if kind == "source":  # these steps read no field of Eq. 4 or of another method
         unread = CLAN_ONLY | unused_fields("source")
         fields = {k: v for k, v in fields.items() if k not in unread - {"d_channels"}}
     fields |= {"method": kind, "has_d": method.has_d, "has_state": bool(method.first_state)}
@@ -146,10 +146,10 @@ def warm_up(flags: Flags) -> str:
 
 
 def adopt(donor: Path, flags: Flags) -> Path:
-    """Makes the donor's warm-up this run's own: its log, and its checkpoint at adv_start.
+    """Copies the donor's warm-up into this run: its log, and its checkpoint at adv_start.
 
-    Scores on the target stay behind, since the donor's target may be another. Returns where to go
-    on; for source only, which has no such checkpoint, that is the donor's.
+    Scores on the target are not copied, because the donor may have another target. Returns the
+    checkpoint to go on from. Source only keeps none at adv_start, so it goes on from the donor's.
     """
     settings, hyper = configure(flags)
     lines = [line for line in metrics(donor) if "target_miou" not in line]
@@ -186,7 +186,7 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
 
 
 def run_cells(study: Study, cells: list[Flags]) -> list[dict]:
-    """The result of each cell, in order; what is missing is run, a shared warm-up first."""
+    """The result of each cell, in order. Missing runs are made, shared warm-ups first."""
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
     missing = [flags for flags in cells_of.values() if finished(flags) is None]
     donors = choose_donors(list(cells_of.values()))
@@ -210,12 +210,12 @@ def result_of(flags: Flags) -> dict:
     """The result of a run that has just been made."""
     result = finished(flags)
     if result is None:
-        raise OSError(f"{flags['out'] / RESULT} is gone: the same command runs it anew")
+        raise OSError(f"{flags['out'] / RESULT} is missing: run the same command again")
     return result
 
 
 def choose_donors(cells: list[Flags]) -> dict[str, Path]:
-    """Whose warm-up to share, by what it depends on: a finished one, else one with checkpoints."""
+    """The run that shares its warm-up, by `warm_up`: one past it, else one with checkpoints."""
 
     def keeps_warm_up(flags: Flags) -> bool:
         method = METHODS[flags.get("method", clan.Hyper.method)]
@@ -231,13 +231,13 @@ def choose_donors(cells: list[Flags]) -> dict[str, Path]:
 
 
 def run_groups(study: Study, groups: dict) -> dict:
-    """run_cells of several lists of cells, by their names."""
+    """`run_cells` for several lists of cells. Both are by name."""
     results = iter(run_cells(study, [flags for group in groups.values() for flags in group]))
     return {name: [next(results) for _ in group] for name, group in groups.items()}
 
 
 def run_all(tasks: list, jobs: int) -> Iterator[tuple[Flags, dict]]:
-    """(flags, result) of each task as it ends; each in a process if jobs > 1."""
+    """(flags, result) of each task as it ends. If jobs > 1, each task has its own process."""
     if jobs == 1:
         yield from ((flags, run_cell(flags, donor, None)) for flags, donor in tasks)
         return
@@ -254,11 +254,11 @@ def run_all(tasks: list, jobs: int) -> Iterator[tuple[Flags, dict]]:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield running.pop(future), future.result()
-        except BrokenProcessPool as error:  # which has asked the others to end
-            raise OSError("a run was killed (for memory?): the same command goes on") from error
+        except BrokenProcessPool as error:  # the pool has asked the others to end
+            raise OSError("a run was killed (no memory?): run the same command again") from error
         except BaseException:
             for child in multiprocessing.active_children():
-                child.terminate()  # a run saves and ends when it is asked to once
+                child.terminate()  # a run saves and ends at the first request
             raise
 
 
@@ -273,7 +273,7 @@ def leave_signals() -> None:
 
 
 def run_task(flags: Flags, donor: Path | None, threads: int) -> dict:
-    """`run_cell` in a process of its own: SIGTERM stops it wherever it is."""
+    """`run_cell` in a worker process. SIGTERM stops it at any point."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run_cell(flags, donor, threads)
@@ -317,7 +317,7 @@ def interval(differences: Iterable[float], draws: int = 10_000) -> tuple[float, 
 
 
 def mean_and_deviation(values: Iterable[float | None]) -> str:
-    """'42.8 ± 6.1' of scores."""
+    """Mean and deviation of scores in %, such as '42.8 ± 6.1'."""
     mean, deviation = spread(values)
     if np.isnan(mean):
         return "-"
@@ -355,7 +355,7 @@ def provenance(study: Study, results: list[dict]) -> str:
 
 
 def write(study: Study, name: str, header: list, rows: list[list], note: str, groups: dict) -> None:
-    """The table on the screen, as NAME.md, and with the scores of each run as NAME.json."""
+    """Print the table, write it to NAME.md, and write it with each run's scores to NAME.json."""
     notes = [note, provenance(study, [r for group in groups.values() for r in group])]
     path = study.to / f"{name}.md"
     study.to.mkdir(parents=True, exist_ok=True)
@@ -381,7 +381,7 @@ def write(study: Study, name: str, header: list, rows: list[list], note: str, gr
 
 
 def save_figure(study: Study, figure: Figure, name: str, results: list[dict]) -> None:
-    """NAME.png in 256 colours, which keeps it small, and its provenance."""
+    """Write NAME.png in 256 colours, which keep it small, and print its provenance."""
     study.to.mkdir(parents=True, exist_ok=True)
     path = study.to / f"{name}.png"
     figure.savefig(path, dpi=100)

@@ -36,30 +36,30 @@ class Settings:
     data: Path = Path("data")  # folder that holds GTA5/, SYNTHIA/RAND_CITYSCAPES/, Cityscapes/
     src_dir: Path | None = None  # the source's own folder, instead of its place in --data
     tgt_dir: Path | None = None  # the target's own folder
-    src_size: tuple[int, int] | None = None  # H W the source is resized to; the data set's own
-    tgt_size: tuple[int, int] | None = None  # H W the target is resized to; the data set's own
+    src_size: tuple[int, int] | None = None  # H W of the resized source; default: the data set's
+    tgt_size: tuple[int, int] | None = None  # H W of the resized target; default: the data set's
     backbone: str = "auto"  # auto: tiny for streets to streets, else r101
-    lineage: str | None = None  # whose ImageNet weights: caffe or torchvision; follows from --init
+    lineage: str | None = None  # whose first weights: caffe or torchvision; default: by --init
     init: str = "auto"  # first weights of G: a file, imagenet or none; auto: imagenet if any
-    shift: tuple[float, float] = (0.5, 0.5)  # of streets' city from its game: in look, in layout
+    shift: tuple[float, float] = (0.5, 0.5)  # how streets' city differs from its game: look, layout
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
-    seed: int = 0  # of the initial weights, the order of the samples and their augmentation
-    out: Path | None = None  # run folder; runs/SRC-TGT-BACKBONE-METHOD-seedN
+    seed: int = 0  # for the initial weights, the order of the samples and their augmentation
+    out: Path | None = None  # run folder; default: runs/SRC-TGT-BACKBONE-METHOD-seedN
     device: str = "auto"  # cpu, cuda, cuda:1; auto: the GPU if there is one
     amp: Literal["auto", "off", "bf16"] = "auto"  # bfloat16 where it is safe; auto: on CUDA
-    compile: Literal["off", "on"] = "off"  # torch.compile of the two steps; CUDA alone, not run yet
-    workers: int = -1  # processes that read images; -1: the cores, at most 8, and none for streets
+    compile: Literal["off", "on"] = "off"  # torch.compile of the two steps; only CUDA, not run yet
+    workers: int = -1  # processes that read images; -1: one a core, at most 8; none for streets
     log_every: int = 50  # steps between lines of metrics.jsonl
-    eval_every: int = 0  # steps between scores on the target's val split; 0: at the end alone
+    eval_every: int = 0  # steps between scores on the target's val split; 0: only at the end
     save_every: int = 1000  # steps between checkpoints
-    keep: int = 3  # checkpoints kept
+    keep: int = 3  # how many checkpoints to keep
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{flag_of(name)} must be at least {least}")
         if not all(0 <= x <= 1 for x in self.shift):
-            raise ValueError(f"--shift {self.shift[0]} {self.shift[1]} must lie in [0, 1], both")
+            raise ValueError(f"--shift {self.shift[0]} {self.shift[1]}: both must lie in [0, 1]")
         for side in ("src", "tgt"):
             size = getattr(self, f"{side}_size")
             if size and min(size) < 32:
@@ -67,11 +67,11 @@ class Settings:
             if getattr(self, side) == "streets" and getattr(self, f"{side}_dir"):
                 raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
         if self.tgt not in ("streets", "auto") and self.shift != (0.5, 0.5):
-            raise ValueError(f"--shift is of the city of streets: drop it, or --tgt {self.tgt}")
+            raise ValueError(f"--shift is only for --tgt streets: drop it, or --tgt {self.tgt}")
 
     @property
     def folder(self) -> Path:
-        """Where the run lies, once `configure` has named it."""
+        """The run folder, after `configure` has named it."""
         if self.out is None:
             raise ValueError("these settings name no run folder: make them with configure")
         return self.out
@@ -79,8 +79,8 @@ class Settings:
 
 LEAST = {"log_every": 1, "save_every": 1, "keep": 1, "eval_every": 0, "workers": -1, "seed": 0}
 
-# Settings that a resumed run may change: where things lie and run, and what is written when.
-# (Another device rounds differently; the bit-for-bit promise is for the same one.)
+# Settings that a resumed run may change: folders, device, and when something is written. (Another
+# device rounds differently. A resumed run is equal bit for bit only on the same device.)
 FREE = {"data", "src_dir", "tgt_dir", "out", "device", "compile", "workers", "log_every"}
 FREE |= {"eval_every", "save_every", "keep"}
 
@@ -130,7 +130,7 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
     return Settings(**of_settings), METHODS[numbers["method"]].numbers(**numbers)
 
 
-# The command line: one flag a field, its comment the help.
+# The command line: one flag for each field, with the field's comment as its help.
 
 
 def choices() -> dict[str, tuple[str, ...]]:
@@ -159,7 +159,7 @@ def add_flags(
     title: str | None = None,
     without: Collection[str] = (),
 ) -> None:
-    """A flag for each field; one not given stays out of the parsed arguments."""
+    """A flag for each field. The parsed arguments hold only the flags that were given."""
     group, help_of = parser.add_argument_group(title or cls.__name__), comments(cls)
     hints, of_tables = typing.get_type_hints(cls), choices()
     for field in fields(cls):
@@ -185,7 +185,7 @@ def add_flags(
 
 
 def add_run_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """All flags that describe a run; the numbers of one method alone under its name."""
+    """All flags that describe a run. Those that only one method has stand under its name."""
     for cls in (Settings, clan.Hyper):
         add_flags(parser, cls, without=without)
     shown = {field.name for field in fields(clan.Hyper)}
@@ -203,7 +203,7 @@ def parse(argv: list[str] | None, description: str = "") -> tuple[Flags, Path | 
         nargs="?",
         const=Path(),
         type=Path,
-        help="go on: a run folder, a checkpoint, or nothing for the newest checkpoint of --out",
+        help="go on from a run folder or a checkpoint; without a value: from the newest of --out",
     )
     add_run_flags(parser)
     flags = vars(parser.parse_args(argv))
@@ -241,7 +241,7 @@ def restarted(flags: Flags, resume: Path | None) -> Path | None:
 
 
 def resumed(flags: Flags, resume: Path, say: Callable[..., None]) -> tuple[Flags, Path]:
-    """The flags of the run to go on with, and its checkpoint. A flag may not contradict it."""
+    """The flags of the run to resume, and its checkpoint. A given flag may not contradict them."""
     folder = run_folder(flags, None) if resume == Path() else resume
     path = newest_valid(folder, say, rename=launch().rank == 0)
     metadata = read_metadata(path)
@@ -262,7 +262,7 @@ def resumed(flags: Flags, resume: Path, say: Callable[..., None]) -> tuple[Flags
     world, now = metadata["world"], launch().world
     if world != now:
         raise ValueError(
-            f"{path} was made by {world} processes, which is part of its batch, not by {now}: "
+            f"{path} was made by {world} processes, not by {now}, which changes the batch: "
             f"use torchrun --nproc-per-node {world}, or start a new run with --out"
         )
     say(f"going on from {path}", soft_wrap=True)

@@ -2,12 +2,13 @@
 
     python study.py table                                    # streets, 3 methods, 5 seeds
     python study.py table --src gta5 --backbone r101 --data data
-    python study.py control --jobs 2                         # where the weight, or how much of it?
+    python study.py control --jobs 2                         # place or size of the weight?
     python study.py all --quick --jobs 2                     # everything, reduced
 
-Every flag of train.py may follow and holds for all runs. A finished run is not run again, and an
-interrupted one goes on (runs.py). Results (Markdown, JSON with every seed's scores, PNG) land in
---to. Scores are those of the last checkpoint on the target's validation split.
+The flags of train.py may follow and hold for all runs, except those that a study sets itself. A
+finished run is not run again, and an interrupted one goes on (runs.py). Results (Markdown, JSON
+with every seed's scores, PNG) are written to --to. Scores are those of the last checkpoint on the
+target's validation split.
 """
 
 import argparse
@@ -59,7 +60,7 @@ from runs import (
 )
 from settings import Flags, add_run_flags, configure, flag_of
 
-TUNING_SEEDS = (10, 11)  # settings are chosen on these, and reported on others
+TUNING_SEEDS = (10, 11)  # settings are chosen on these and reported on others
 
 # Tables 1 and 2.
 
@@ -85,8 +86,8 @@ def table_1_and_2(study: Study) -> None:
     def gain(label: str, pick: Pick) -> list[str]:
         cells = [difference(group, results["source"], pick) for group in results.values()]
         both = [(pick(p), pick(papers["source"])) for p in papers.values()]
-        theirs = ("-" if a is None or b is None else f"{100 * (a - b):+.1f}" for a, b in both)
-        return [label, *cells, *[""] * paired, *theirs]
+        paper_gains = ("-" if a is None or b is None else f"{100 * (a - b):+.1f}" for a, b in both)
+        return [label, *cells, *[""] * paired, *paper_gains]
 
     header = ["class", *(METHODS[m].label for m in results)]
     header += ["CLAN - TAN"] * paired + [f"{METHODS[m].label}, paper" for m in papers]
@@ -100,7 +101,7 @@ def table_1_and_2(study: Study) -> None:
 
     rows = [row(name + " *" * (name in INFREQUENT), of_class(name)) for name in first["iou"]]
     means = {"miou": "mIoU"}
-    if "miou_13" in first:  # SYNTHIA's two ways of counting
+    if "miou_13" in first:  # SYNTHIA is scored in two ways
         means = {"miou": "mIoU, 16 classes", "miou_13": "mIoU, 13 classes"}
     for key, label in means.items():
         rows.append(row(label, of_mean(key)))
@@ -151,7 +152,7 @@ def m_and_errors(
 def agreement(
     G: Generator, val: data.DataSet, to_source_ids: np.ndarray, classes: tuple[str, ...], count: int
 ) -> tuple[dict, dict]:
-    """Of one network: numbers over all pixels, and the correlation of M with error by class."""
+    """(numbers over all pixels, correlation of M with error by class) of one network."""
     m, doubt, wrong, ids = m_and_errors(G, val, to_source_ids, count)
     a, b = (torch.cat([w.flatten() for w in head]) for head in G.classifier_weights(False))
     numbers = {
@@ -166,7 +167,7 @@ def agreement(
 
 
 GRADIENT = {True: "no gradient through M", False: "gradient through M"}  # by detach_m
-REGIMES = {"look and layout": (0.5, 0.5), "look alone": (0.5, 0.0)}  # of streets: --shift
+REGIMES = {"look and layout": (0.5, 0.5), "look alone": (0.5, 0.0)}  # values of --shift
 
 
 def head_settings(study: Study) -> dict[str, Flags]:
@@ -195,7 +196,8 @@ def on_streets(study: Study) -> bool:
 def disagreement(study: Study) -> None:
     """What makes M informative: M against the error of the ensemble on the target, by setting.
 
-    When adaptation starts and at its end. Correlation is over pixels, between M and being wrong.
+    It is measured at the start and at the end of adaptation. Correlations are over pixels, between
+    M and whether the prediction is wrong.
     """
     groups = {name: study.cells(**change) for name, change in head_settings(study).items()}
     results = run_groups(study, groups)
@@ -219,11 +221,11 @@ def disagreement(study: Study) -> None:
             classes[name, when] = [
                 spread([c[k] for _, c in found if not np.isnan(c[k])])[0] for k in source.classes
             ]
-            header = ["setting", "adaptation's", "mIoU", *found[0][0]]
+            header = ["setting", "adaptation", "mIoU", *found[0][0]]
     note = (
-        f"M against being wrong, over {count} images of the target's validation split, at most "
-        "20,000 pixels of each; means over seeds. AUC is the chance that a wrong pixel has the "
-        "larger value."
+        f"M against wrong predictions, over {count} images of the target's validation split, at "
+        "most 20,000 pixels of each; means over seeds. AUC is the chance that a wrong pixel has "
+        "the larger value."
     )
     write(study, f"disagreement-{study.task}", header, rows, note, results)
     plain = {
@@ -231,7 +233,7 @@ def disagreement(study: Study) -> None:
     }
     columns = zip(source.classes, *plain.values(), strict=True)
     rows = [[name, *(f"{v:.2f}" for v in values)] for name, *values in columns]
-    note = "Correlation of M with being wrong, by class, at adaptation's start and end."
+    note = "Correlation of M with wrong predictions, by class, at adaptation's start and end."
     write(study, f"disagreement-classes-{study.task}", ["class", *plain], rows, note, results)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     drawn = {name: v for name, v in plain.items() if name.startswith(tuple(list(groups)[:2]))}
@@ -241,11 +243,11 @@ def disagreement(study: Study) -> None:
     save_figure(study, figure, f"disagreement-{study.task}", distinct)
 
 
-# Where M puts the weight, or how much weight there is?
+# Does it matter where M puts the weight, or how much weight there is?
 
 
 def mean_weight(flags: Flags) -> float | None:
-    """The weight of the adversarial loss in a finished CLAN run, over pixels and logged steps."""
+    """The mean weight of Eq. 5 in a finished CLAN run, over pixels and logged steps."""
     _, hyper = configure(flags)
     lines = [line for line in metrics(flags["out"]) if "m" in line]
     if not lines:
@@ -262,7 +264,7 @@ def mean_weight(flags: Flags) -> float | None:
 
 
 def known_mean_weight(flags: Flags) -> float:
-    """`mean_weight` of a run that must have one: CLAN's."""
+    """`mean_weight` of a CLAN run. Raises ValueError if it logged no M."""
     weight = mean_weight(flags)
     if weight is None:
         raise ValueError(f"{flags['out']} logged no M: --log-every is larger than its adaptation")
@@ -273,7 +275,7 @@ SCALED = "(a) TAN, lambda_adv times CLAN's mean weight"
 
 
 def control(study: Study) -> None:
-    """Is it where M puts the weight, or how large the weight is? On streets in two regimes.
+    """Does it matter where M puts the weight, or how large it is? On streets in two regimes.
 
     Only a shift of layout and class frequency can show negative transfer.
     """
@@ -316,7 +318,7 @@ def variants(study: Study) -> dict[str, Flags]:
 
 
 def lost_classes(result: dict, baseline: dict) -> int:
-    """How many classes fall more than 2 points of IoU below those of another result."""
+    """How many classes have an IoU more than 2 points below that of another result."""
     pairs = [(v, baseline["iou"][name]) for name, v in result["iou"].items()]
     return sum(a < b - 0.02 for a, b in pairs if a is not None and b is not None)
 
@@ -356,7 +358,7 @@ RATES = (0.0005, 0.005, 0.02, 0.05)
 
 
 def sweep(study: Study) -> None:
-    """lambda_adv for TAN and for CLAN, each on its own: how a setting is chosen (tuning seeds)."""
+    """lambda_adv for TAN and for CLAN separately, on tuning seeds: how a setting is chosen."""
     groups = {
         (method, rate): study.cells(method=method, lambda_adv=rate)
         for method in ("tan", "clan")
@@ -377,15 +379,15 @@ DETACHED: Flags = {"detach_m": True}
 REMEDIES: dict[str, Flags] = {
     "as it is": {},
     "no gradient through M": DETACHED,
-    "so, M shuffled over the pixels": DETACHED | {"m_control": "shuffled"},
-    "so, lambda_local 10": DETACHED | {"lambda_local": 10.0},
-    "so, and BatchNorm statistics of both domains": DETACHED
+    "the same, M shuffled over the pixels": DETACHED | {"m_control": "shuffled"},
+    "the same, lambda_local 10": DETACHED | {"lambda_local": 10.0},
+    "the same, lambda_local 10, BatchNorm of both domains": DETACHED
     | {"lambda_local": 10.0, "batchnorm": "batch"},
 }
 
 
 def remedies(study: Study) -> None:
-    """What may help where adaptation gains little or harms: the weight's kind, BatchNorm."""
+    """What may help if adaptation gains little or harms: other weights, other BatchNorm."""
     groups = {
         (remedy, method): study.cells(method=method, **change)
         for remedy, change in REMEDIES.items()
@@ -411,7 +413,7 @@ DAY, DUSK = ("0006R0", "0016E5"), ("0001TP",)
 
 
 def dusk(study: Study) -> None:
-    """The table from CamVid's day to its dusk: --tgt-dir names the whole of CamVid.
+    """The table from CamVid's day to its dusk; --tgt-dir is the folder of CamVid.
 
     Source: the train frames 0006R0* and 0016E5*. Target: 0001TP* of the same split, every other
     frame without its label for adaptation, the rest for scoring.
@@ -440,7 +442,7 @@ def dusk(study: Study) -> None:
 
 
 def link(to: Path, path: Path) -> None:
-    """A symbolic link at `path`, made anew if it points elsewhere."""
+    """Makes a symbolic link at `path`, or replaces one that points elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() and path.readlink() != to.resolve():
         path.unlink()
@@ -465,8 +467,8 @@ COMMANDS: dict[str, tuple[Callable[[Study], None], set[str]]] = {
     "remedies": (remedies, {"methods", "tan_lambda_adv"}),
     "dusk": (dusk, {"methods", "tan_lambda_adv"}),
 }
-NOT_IN_ALL = ("sweep", "remedies", "dusk")  # on other seeds, or in need of photographs
-QUICK = {"steps": 240, "adv_start": 165}  # of streets
+NOT_IN_ALL = ("sweep", "remedies", "dusk")  # these take other seeds, or need photographs
+QUICK = {"steps": 240, "adv_start": 165}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(reads for _, reads in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets
 
@@ -487,7 +489,7 @@ def methods_of(text: str) -> tuple[str, ...]:
 
 def count_of(text: str) -> int:
     if int(text) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
+        raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
 
 
@@ -496,7 +498,7 @@ def parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:13}{summary}" for name, summary in summaries.items())
     top = argparse.ArgumentParser(
         description=f"{(__doc__ or '').splitlines()[0]}\n\n{listed}",
-        epilog="Every other flag of train.py holds for all runs.",
+        epilog="The flags of train.py below hold for all runs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -506,17 +508,17 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--quick", action="store_true", help="streets: short runs, two seeds")
     top.add_argument("--jobs", type=count_of, help="runs at a time [1]")
     top.add_argument("--runs", type=Path, help="where runs go [runs/study]")
-    top.add_argument("--to", type=Path, help="where results go [the same folder]")
-    top.add_argument("--methods", type=methods_of, help=f"[{','.join(METHODS)}]")
-    top.add_argument("--images", type=count_of, help="of each domain, for features [1000]")
-    top.add_argument("--class", dest="curve_class", help="of the curve of ccd [wall]")
-    top.add_argument("--tan-lambda-adv", type=float, help="TAN's own [as CLAN's]")
+    top.add_argument("--to", type=Path, help="where results go [that of --runs]")
+    top.add_argument("--methods", type=methods_of, help=f"to compare [{','.join(METHODS)}]")
+    top.add_argument("--images", type=count_of, help="of each domain to measure features on [1000]")
+    top.add_argument("--class", dest="curve_class", help="whose curve ccd draws [wall]")
+    top.add_argument("--tan-lambda-adv", type=float, help="lambda_adv of TAN [as CLAN's]")
     add_run_flags(top, without=SET_HERE)
     return top
 
 
 def parse(argv: list[str]) -> tuple[list[str], Study]:
-    """The studies that are asked for, and what for."""
+    """(names of the studies to make, what they have in common)."""
     flags = vars(parser().parse_args(argv))
     flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
     what = flags.pop("what")
@@ -532,7 +534,7 @@ def parse(argv: list[str]) -> tuple[list[str], Study]:
     runs, images = Path("runs") / "study", 1000
     if of_study.pop("quick", False):
         if configure(flags)[0].backbone != "tiny":
-            raise ValueError("--quick is for streets: give --steps and --seeds of your own")
+            raise ValueError("--quick is for streets: give --steps and --seeds instead")
         flags, seeds, runs, images = QUICK | flags, (0, 1), Path("runs") / "study-quick", 100
     runs = of_study.pop("runs", runs)
     tan = {"lambda_adv": of_study.pop("tan_lambda_adv")} if "tan_lambda_adv" in of_study else {}
@@ -552,7 +554,7 @@ def main(argv: list[str] | None = None) -> None:
             run, _ = COMMANDS[name]
             run(study)
     except (Stopped, KeyboardInterrupt):
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command to go on", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -1,8 +1,8 @@
-"""Training, top to bottom: one step, the run around it, what follows a step, the end (Section 4.2).
+"""Training: one step, the run around it, what follows each step, and the end (Section 4.2).
 
     python train.py                                   # drawn streets, minutes on a laptop
-    python train.py --src gta5 --backbone r101        # the paper's run, on whatever GPU is there
-    python train.py --resume runs/RUN                 # goes on where a run was stopped
+    python train.py --src gta5 --backbone r101        # the paper's run, on the GPU if there is one
+    python train.py --resume runs/RUN                 # goes on with a stopped run
 
 Every field of settings.Settings and of clan.Hyper is a flag (python train.py --help). A run folder
 holds metrics.jsonl, the last checkpoints, and at the end eval.json and result.png.
@@ -155,7 +155,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
 
 
 def first_step(out: Path, resume: Path | None) -> int:
-    """The step that a run begins with. Raises ValueError where its folder holds another run."""
+    """The step that a run begins with. Raises ValueError if its folder holds another run."""
     if (not resume or resume.parent != out) and saved(out):
         raise ValueError(f"{out} holds a run: go on with --resume {out}, or choose another --out")
     return read_metadata(resume)["step"] if resume else 0
@@ -197,7 +197,7 @@ def first_networks(
     resume: Path | None,
     console: Console,
 ) -> tuple[Generator, Discriminator | None]:
-    """G and D of step 0, a function of the seed and of --init; with `resume` without --init."""
+    """G and D of step 0, which depend on the seed and --init. With `resume`, --init is not read."""
     if device.type == "cpu":
         devices.keep_freed_memory()
     torch.manual_seed(settings.seed)
@@ -211,7 +211,7 @@ def first_networks(
 def build_optimizers(
     G: Generator, D: Discriminator | None, hyper: Hyper, fused: bool = True
 ) -> tuple[Optimizer, Optimizer | None]:
-    """SGD for E and, `head_lr` times as fast, the two heads; Adam for D. Rates: `set_rates`."""
+    """SGD for E and the two heads, Adam for D. `set_rates` sets the rates of each step."""
     groups = [
         {"params": list(G.E.parameters())},
         {"params": [*G.C1.parameters(), *G.C2.parameters()]},
@@ -243,19 +243,19 @@ def introduce(
     )
     _, _, left_out = data.shared_classes(source, val)
     if left_out:
-        console.print(f"not scored, on one side only: {', '.join(left_out)}", soft_wrap=True)
+        console.print(f"not scored, in one data set only: {', '.join(left_out)}", soft_wrap=True)
 
 
 def restore(path: Path, *parts: Any) -> None:
-    """Put a checkpoint into the parts that `pack` takes."""
+    """Load a checkpoint into the parts of a run, which stand in the order of `pack`."""
     try:
         unpack(read_checkpoint(path)[0], *parts)
     except ValueError as error:
-        raise ValueError(f"{path} does not fit: {error}; use an older one") from error
+        raise ValueError(f"{path} does not fit: {error}; use an older checkpoint") from error
 
 
 def open_log(settings: Settings, hyper: Hyper, start: int, rank: int, console: Console) -> Log:
-    """The log of a run, in its folder; of several processes the first writes."""
+    """The log of a run. Only the first of several processes writes it, to the run folder."""
     if rank > 0:
         return Log(None, start, hyper, settings.log_every, console)
     settings.folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +278,7 @@ def read_ahead(
         data.Steps(source, target, hyper, seed=seed, rank=rank, world=world),
         batch_size=None,
         sampler=range(start, hyper.steps),
-        generator=torch.Generator(),  # its own: a resumed run must not move the networks' one
+        generator=torch.Generator(),  # not torch's own, which the networks draw from
         num_workers=workers,
         worker_init_fn=data.ignore_signals,
         pin_memory=device.type == "cuda",
@@ -290,7 +290,7 @@ def read_ahead(
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed of many numbers, so that randomness is a function of (seed, step, rank) alone."""
+    """One seed made from several numbers: randomness depends only on (seed, step, rank)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -327,7 +327,7 @@ def after_step(
     score: Callable[[], dict],
     keep: Callable[[int, str], None],
 ) -> None:
-    """What is due after so many steps: a score, a checkpoint, the end of a run asked to stop."""
+    """What is due after `done` steps: a score, a checkpoint, or the end if the run must stop."""
     stopping = devices.any_rank(stop.asked)
     adapts_next = done == hyper.adv_start and METHODS[hyper.method].reads_target
     due = settings.eval_every and done % settings.eval_every == 0 and done < hyper.steps
@@ -335,7 +335,7 @@ def after_step(
         miou = score()["miou"]
         log.record({"step": done, "target_miou": miou})
         log.bar.console.print(f"step {done}: target mIoU {100 * miou:.1f}")
-    if adapts_next:  # after its score, which a run that goes on from here must have
+    if adapts_next:  # after the score, which a run resumed from here must have
         keep(done, BEFORE)
     if done % settings.save_every == 0 or done == hyper.steps or stopping:
         keep(done, name_of(done))
@@ -346,7 +346,7 @@ def after_step(
 def checkpoint(
     settings: Settings, hyper: Hyper, origin: dict, parts: tuple, log: Log, step: int, name: str
 ) -> None:
-    """Save everything, but no weights of a loss that was not finite; then drop the oldest."""
+    """Save everything, then drop the oldest. If a loss was not finite, raise and save nothing."""
     log.read(wait=True)
     if devices.ranks()[0] > 0:
         return
@@ -370,7 +370,7 @@ def finish(
     device: torch.device,
     console: Console,
 ) -> dict:
-    """Score the last weights beside those before adaptation, and write table and picture."""
+    """Score the weights before and after adaptation; print the table, write score and picture."""
     networks, out = {}, settings.folder
     if (out / BEFORE).exists():
         before, _ = load_generator(out / BEFORE, say=lambda _: None)
@@ -383,7 +383,7 @@ def finish(
     title = f"IoU on {settings.tgt} val, %"
     console.print(evaluation.score_table(title, {**columns, "paper": paper}))
 
-    path = newest_checkpoint(out)  # the one that the loop has just written
+    path = newest_checkpoint(out)  # the loop's last
     result = columns["after"] | {
         "checkpoint": str(path),
         "settings": read_metadata(path)["settings"],
@@ -400,6 +400,8 @@ def finish(
 
 
 # The program.
+
+LESS_MEMORY = "Give --amp bf16, --crop, a smaller --src-size and --tgt-size, or a smaller --batch."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -426,6 +428,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC
         sys.exit(f"error: {error}" + "; make room, then go on with --resume" * full)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]} {LESS_MEMORY}")
     except RuntimeError as error:
         lost = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
         if place.world == 1 or not lost:

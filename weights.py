@@ -3,8 +3,8 @@
     load_weights(G, "GTA5_100000.pth")      # says how many tensors fit; refuses another network
     G, metadata = load_generator(Path("runs/RUN/step_0001350.safetensors"))
 
-Foreign names are translated to those of models.py. A file is never executed, and on an error
-nothing is loaded. See `Generator` on lineages.
+Foreign names are translated to those of models.py. No code in a file is run. On an error nothing
+is loaded. models.py explains lineages.
 """
 
 import importlib.util
@@ -25,12 +25,11 @@ from models import BACKBONES, Discriminator, Generator, lineage_for
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names in the module that were loaded, and that kept their initial value (without the counters
-    num_batches_tracked). Names in the file that were skipped, with the reason."""
+    """What was loaded, by name. The counters num_batches_tracked are left out."""
 
-    loaded: tuple[str, ...]
-    skipped: tuple[str, ...]
-    initial: tuple[str, ...]
+    loaded: tuple[str, ...]  # of the module
+    skipped: tuple[str, ...]  # of the file, with the reason
+    initial: tuple[str, ...]  # of the module, where it kept its initial value
 
 
 def load_weights(
@@ -38,11 +37,12 @@ def load_weights(
 ) -> LoadReport:
     """Copies the weights in the file `path` into `module`: all that fit, or none on an error.
 
-    Reads our checkpoints (safetensors, `G.` or `D.` part) and bare state dicts; for a Generator
-    also the authors' CLAN snapshots, the Caffe DeepLab weights, torchvision's resnet101 and vgg16,
-    and EfficientNet-Lite0; path "imagenet" stands for the backbone's ImageNet weights. Raises
-    ValueError when the file is unreadable, of another backbone or lineage, does not fit, or holds
-    a NaN. Weights with torchvision's names and a 1000-class layer count as torchvision's.
+    Reads our checkpoints (safetensors, `G.` or `D.` part) and bare state dicts. For a Generator it
+    also reads the authors' CLAN snapshots, the Caffe DeepLab weights, torchvision's resnet101 and
+    vgg16, and EfficientNet-Lite0. The path "imagenet" stands for the backbone's ImageNet weights.
+    Weights with torchvision's names and a 1000-class layer count as torchvision's. Raises
+    ValueError if the file is unreadable, of another backbone or lineage, does not fit, or holds a
+    NaN.
     """
     is_g = isinstance(module, Generator)
     if isinstance(module, Generator) and str(path) == "imagenet":
@@ -73,7 +73,7 @@ def load_generator(
     classes: Sequence[str] = CLASSES,
     say: Callable[[str], None] = print,
 ) -> tuple[Generator, dict]:
-    """(G, metadata) of a checkpoint; the other arguments are for files that do not say."""
+    """(G, metadata) of a checkpoint. The other arguments are for files without this metadata."""
     metadata = read_metadata(path)
     if metadata:
         backbone, lineage = metadata["settings"]["backbone"], metadata["settings"]["lineage"]
@@ -95,8 +95,8 @@ def describe(path: str | Path, report: LoadReport, say: Callable[[str], None]) -
 
 
 def read_weights(path: Path, part: str) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a file (of our checkpoints the `part` "G." or "D.", without that prefix)
-    and its settings, {} where it has none."""
+    """The tensors of a file and its settings, {} if it has none. Of our checkpoints it takes only
+    the tensors of `part`, "G." or "D.", without this prefix."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of the weights")
     with path.open("rb") as file:
@@ -129,7 +129,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def guess_origin(weights: dict[str, Tensor]) -> dict:
-    """The lineage of foreign weights by their names, {} where the names do not tell."""
+    """The lineage of foreign weights by their names, {} if the names do not show it."""
     if any(n.startswith(("Scale.", "layer5.")) for n in weights):
         return {"lineage": "caffe"}  # DeepLab's initial weights, CLAN snapshots
     if {"fc.weight", "classifier.6.weight"} & weights.keys():
@@ -148,7 +148,7 @@ def check_origin(path: str | Path, origin: dict, module: Generator) -> None:
 
 
 def rename(name: str) -> str:
-    """Our name for a foreign one (for the others' names see the module that takes them)."""
+    """Our name for a foreign one. Names not listed here need only the prefix and no underscores."""
     name = name.removeprefix("Scale.")
     for theirs, ours in (
         ("layer5.conv2d_list.", "C1.branches."),
@@ -192,10 +192,11 @@ def check_weights(
     prefix: str,
     share: float,
 ) -> None:
-    """Raises ValueError unless the `share` of the tensors under `prefix` was found, all finite."""
+    """Raises ValueError if fewer than `share` of the tensors under `prefix` were found, if too many
+    of the file have no place, or if one is not finite."""
     needed = [n for n in ours if n.startswith(prefix) and not n.endswith("num_batches_tracked")]
     have = sum(n in found for n in needed)
-    # A deeper network of the family (ResNet-152) has all our names, and many more.
+    # A deeper network (ResNet-152) has all our names and many more.
     strange = sum(NO_PLACE in reason for reason in skipped)
     if have < share * len(needed) or strange > 0.1 * len(needed):
         part = f" (skipped: {', '.join(skipped[:3])} ...)" if skipped else ""
@@ -209,8 +210,8 @@ def check_weights(
 
 
 def imagenet_weights(backbone: str, url: str | None = None) -> Path:
-    """The file of a backbone's ImageNet weights: downloaded once to torch.hub's folder (its name
-    holds its hash, which is checked), or for lite0 from an installed package."""
+    """The file of a backbone's ImageNet weights. It is downloaded once to torch.hub's folder and
+    compared with the hash in its name. For lite0 it is in an installed package."""
     package = BACKBONES[backbone].imagenet_package
     if package:
         spec = importlib.util.find_spec(package.replace("-", "_"))

@@ -57,5 +57,5 @@ def test_bench_growth_measures_and_draws(monkeypatch, tmp_path, capsys):
         ["growth", "--repeats", "1", "--sizes", "32", "64", "32", "64", "--to", str(tmp_path)]
     )
     shown = capsys.readouterr().out
-    assert "pixels: at the end time grows as the power" in shown
+    assert "pixels: at the largest sizes time grows as the power" in shown
     assert Image.open(tmp_path / "growth.png").size[0] > 500

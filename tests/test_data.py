@@ -229,7 +229,7 @@ def test_data_every_missing_label_is_counted_at_once(tmp_path, name):
     labels = [p for p in labels if "val" not in p.parts]
     for path in labels[1:]:
         path.unlink()
-    expected = rf"{len(labels) - 1} of {len(labels)} images .* first is {labels[1]}"
+    expected = rf"{len(labels) - 1} of {len(labels)} images .* first missing label is {labels[1]}"
     with pytest.raises(ValueError, match=expected):
         data.open_dataset(name, "source", "train", tmp_path)
     assert len(data.open_dataset(name, "target", "train", tmp_path, labels="none")) == len(labels)
@@ -263,7 +263,7 @@ def test_data_sizes_are_those_of_the_released_code(tmp_path, name, size):
         ('{"names": ["road", "road"]}', "different strings"),
         ('{"names": ["road", 3]}', "different strings"),
         ('{"names": "road"}', "different strings"),
-        ('{"names": ["road"], "ignore": [0]}', "ids behind those of the names"),
+        ('{"names": ["road"], "ignore": [0]}', "ids after those of the names"),
         ('{"names": ["road"], "ignore": [256]}', "up to 255"),
         ('{"names": ["road"], "ignore": ["255"]}', "ids"),
         ('{"names": ["road"], "ignore": 255}', "classes.json"),

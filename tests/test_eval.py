@@ -312,7 +312,7 @@ def test_eval_of_foreign_weights_needs_no_run(tmp_path, capsys):
     saved = sorted((tmp_path / "pred").iterdir())
     assert [p.name for p in saved] == [f"ulm_{i:06d}_000019_pred_labelIds.png" for i in range(3)]
     assert set(np.unique(np.asarray(Image.open(saved[0])))) <= set(LABEL_IDS.tolist())
-    assert "left out, on one side only: terrain, truck, train" in capsys.readouterr().out
+    assert "not scored, in one data set only: terrain, truck, train" in capsys.readouterr().out
 
 
 def test_eval_predicts_on_photographs_of_odd_sizes(tmp_path):

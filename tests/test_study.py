@@ -143,7 +143,7 @@ def test_study_table_runs_a_cell_once_and_goes_on_with_an_interrupted_one(
         interrupt_at(patch, 2)
         with pytest.raises(SystemExit) as caught:
             studied("table", tmp_path, *flags)
-    assert caught.value.code == 130 and "goes on" in capsys.readouterr().err
+    assert caught.value.code == 130 and "go on" in capsys.readouterr().err
     out = studied("table", tmp_path, *flags)
     runs = out / "streets-streets-tiny"
     stamps = {p: p.stat().st_mtime_ns for p in runs.rglob("*.safetensors")}
@@ -348,7 +348,7 @@ def test_study_asked_to_stop_saves_its_runs_and_starts_no_other(tmp_path):
         _, errors = child.communicate(timeout=60)
     finally:
         child.kill()
-    assert child.returncode == 130 and "the same command goes on" in errors
+    assert child.returncode == 130 and "run the same command to go on" in errors
     names = {p.name for p in runs.iterdir()}
     assert names == {"source-seed0", "source-seed1"}, "another run was started"
     assert all(list((runs / name).glob("step_*.safetensors")) for name in names)

@@ -45,6 +45,7 @@ from torch import nn
 import checkpoints
 import clan
 import data
+import devices
 import eval as evaluation
 import models
 import runlog
@@ -331,7 +332,7 @@ def test_train_a_folder_can_be_the_target(few, tmp_path, capsys):
     run(tmp_path / "out", *flags)
     result = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert set(result["iou"]) == {"road", "car"} and "lake" in result["left_out"]
-    assert "not scored, on one side only: sidewalk" in capsys.readouterr().out
+    assert "not scored, in one data set only: sidewalk" in capsys.readouterr().out
     evaluation.main([str(tmp_path / "out"), "--device", "cpu"])
     again = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert again["iou"] == pytest.approx(result["iou"], abs=0)
@@ -514,9 +515,9 @@ def test_train_a_resumed_run_does_not_write_into_another_run(few, finished, tmp_
 
 
 def test_train_compiled_steps_are_refused_on_a_cpu(tmp_path):
-    """Compiled there, the focal loss is right and its gradient is not: no run may start."""
+    """inductor has lost gradients there, and no run compares them: none may start."""
     sentence = run_error("--compile", "on", "--device", "cpu", "--out", str(tmp_path / "out"))
-    assert "--compile on loses gradients" in sentence and not (tmp_path / "out").exists()
+    assert "--compile on is not checked on a CPU" in sentence and not (tmp_path / "out").exists()
 
 
 def test_train_half_a_line_left_by_a_kill_is_dropped(few, tmp_path):
@@ -640,3 +641,28 @@ def test_slow_vgg16_loads_torchvisions_weights_and_adapts(tmp_path, two_threads)
     loss.backward()
     assert loss.isfinite() and clan.d_step(D, predictions)[0].isfinite()
     assert all(p.grad.isfinite().all() for p in G.parameters())
+
+
+def test_train_out_of_memory_ends_with_a_sentence_that_names_the_flags(few, tmp_path, monkeypatch):
+    """The exception of CUDA, made by hand."""
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee docs")
+
+    monkeypatch.setattr(train, "one_step", full)
+    error = run_error(*SMALL, "--out", str(tmp_path))
+    assert "Tried to allocate 2 GiB. Give --amp bf16" in error and "\n" not in error
+
+
+@pytest.mark.parametrize(("ampere", "expected"), ((True, True), (False, False)))
+def test_train_amp_auto_is_bfloat16_only_on_a_gpu_that_has_it(monkeypatch, ampere, expected):
+    asked = []
+
+    def supported(including_emulation=True):
+        asked.append(including_emulation)
+        return ampere or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert devices.uses_bfloat16("auto", torch.device("cuda")) is expected and asked == [False]
+    assert devices.uses_bfloat16("bf16", torch.device("cuda"))
+    assert not devices.uses_bfloat16("auto", torch.device("cpu"))

@@ -61,7 +61,7 @@ def test_train_resume_passes_over_a_damaged_checkpoint_and_says_so(few, tmp_path
     capsys.readouterr()
     train.main(["--resume", "--out", str(cut), *SMALL])
     shown = capsys.readouterr().out
-    assert "passed over, now step_0000008.safetensors.damaged" in shown
+    assert "skipped and renamed to step_0000008.safetensors.damaged" in shown
     assert f"going on from {cut / 'step_0000004.safetensors'}" in shown
     assert "checksum" in shown or how not in ("bit", "step")
     assert_equal(last_tensors(cut), last_tensors(whole))
