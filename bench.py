@@ -163,7 +163,10 @@ def count_flops(case: Case, hyper: clan.Hyper, step: int) -> dict[str, int]:
 
 
 def saved_bytes(case: Case, hyper: clan.Hyper, step: int) -> int:
-    """Bytes that G's step keeps for its backward in float32, counted without computing."""
+    """Bytes that G's step keeps for its backward in float32, counted without computing.
+
+    bfloat16 halves them.
+    """
     case = replace(case, device="meta")
     G, D = networks(case, hyper, step)
     storages: dict[int, torch.UntypedStorage] = {}
@@ -206,7 +209,7 @@ def seconds(function: Callable[[], object], count: int, warm_up: int = 2) -> lis
 
 
 def step_times(subjects: dict[str, Subject], step: int, rounds: int = REPEATS) -> dict:
-    """Seconds a step of each subject. They take turns, so that a slower machine slows all.
+    """Seconds a step of each subject. They take turns, so that all meet the same machine.
 
     On CUDA a time is the mean of five steps, so that waiting for the device does not count.
     """

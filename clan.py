@@ -333,7 +333,7 @@ def check(hyper: Hyper) -> None:
     require(
         hyper.method == "source" or 0 <= hyper.adv_start < hyper.steps,
         f"adv_start {hyper.adv_start} must lie in [0, steps = {hyper.steps}): no step would be "
-        "adversarial. Give a smaller adv_start (--adv-start), or method source",
+        "adversarial; give a smaller adv_start (--adv-start), or method source",
     )
     require(
         len(hyper.scales) == len(hyper.scale_probs)

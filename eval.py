@@ -413,7 +413,7 @@ def main(argv=None) -> None:
     if argv[:1] == ["predict"]:
         command.add_argument("--images", type=Path, required=True, help="a folder of photographs")
         command.add_argument("--out", type=Path, required=True, help="where masks and overlays go")
-        command.add_argument("--short-side", type=int, help="size for the network [the run's]")
+        command.add_argument("--short-side", type=int, help="short side of the input [the run's]")
         run, args = predict_main, command.parse_args(argv[1:])
     else:
         names = tuple(data.DATASETS)

@@ -215,7 +215,10 @@ def result_of(flags: Flags) -> dict:
 
 
 def choose_donors(cells: list[Flags]) -> dict[str, Path]:
-    """The run that shares its warm-up, by `warm_up`: one past it, else one with checkpoints."""
+    """The run folder that shares its warm-up, by `warm_up`.
+
+    A run that has finished its warm-up comes first, then one that keeps checkpoints.
+    """
 
     def keeps_warm_up(flags: Flags) -> bool:
         method = METHODS[flags.get("method", clan.Hyper.method)]

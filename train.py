@@ -211,7 +211,10 @@ def first_networks(
 def build_optimizers(
     G: Generator, D: Discriminator | None, hyper: Hyper, fused: bool = True
 ) -> tuple[Optimizer, Optimizer | None]:
-    """SGD for E and the two heads, Adam for D. `set_rates` sets the rates of each step."""
+    """SGD for E and the two heads, Adam for D. The heads learn `head_lr` times as fast as E.
+
+    `set_rates` sets the rates of each step.
+    """
     groups = [
         {"params": list(G.E.parameters())},
         {"params": [*G.C1.parameters(), *G.C2.parameters()]},
