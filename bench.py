@@ -42,7 +42,7 @@ import eval as evaluation
 import streets
 import train
 from classes import LABEL_IDS, TO_TRAIN_IDS
-from devices import find_device, machine, place
+from devices import find_device, machine, place, with_compiled_steps
 from methods import METHODS
 from models import BACKBONES, Discriminator, Generator, set_batchnorm
 from settings import OF_BACKBONE, configure
@@ -75,8 +75,7 @@ class Subject:
         self.opt_g, self.opt_d = train.build_optimizers(self.G, self.D, hyper, not case.plain)
         self.method = METHODS[hyper.method]
         if case.compiled:
-            g_step, d_step = torch.compile(clan.g_step), torch.compile(clan.d_step)
-            self.method = replace(self.method, g_step=g_step, d_step=d_step)
+            self.method = with_compiled_steps(self.method)
         self.batch = noise(case, self.device)
 
     def step(self, step: int) -> None:

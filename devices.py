@@ -156,6 +156,11 @@ def compiled(method: Method, choice: str, device: torch.device) -> Method:
         raise ValueError("--compile on is not checked on a CPU, where torch 2.13 erred: drop it")
     if launch().world > 1:
         raise ValueError("--compile on was never tried with several processes: drop it")
+    return with_compiled_steps(method)
+
+
+def with_compiled_steps(method: Method) -> Method:
+    """The method with g_step and d_step compiled, on any device."""
     g_step, d_step = torch.compile(method.g_step), torch.compile(method.d_step)
     return replace(method, g_step=g_step, d_step=d_step)
 

@@ -248,7 +248,8 @@ def resumed(flags: Flags, resume: Path, say: Callable[..., None]) -> tuple[Flags
     if not metadata:
         raise ValueError(f"{path} is no checkpoint of train.py: use it with --init")
     refuse_other_version(path, metadata)
-    before = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["settings"].items()}
+    saved_flags: Flags = metadata["settings"]
+    before = {k: tuple(v) if isinstance(v, list) else v for k, v in saved_flags.items()}
     changed = [
         f"{flag_of(k)} {v} (was {before.get(k)})"
         for k, v in flags.items()
@@ -266,8 +267,8 @@ def resumed(flags: Flags, resume: Path, say: Callable[..., None]) -> tuple[Flags
             f"use torchrun --nproc-per-node {world}, or start a new run with --out"
         )
     say(f"going on from {path}", soft_wrap=True)
-    was: Flags = metadata["settings"]
-    paths = {k: was[k] and Path(was[k]) for k in ("data", "src_dir", "tgt_dir", "out")}
+    keys = ("data", "src_dir", "tgt_dir", "out")
+    paths = {k: saved_flags[k] and Path(saved_flags[k]) for k in keys}
     return before | paths | {"out": path.parent} | flags, path
 
 

@@ -130,8 +130,9 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     log = open_log(settings, hyper, start, rank, console)
     batches = read_ahead(source, target, hyper, start, settings.seed, workers, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-    score = partial(evaluation.score, source=source, target=val, device=device)
-    score = partial(score, amp=amp, workers=workers)
+    score = partial(
+        evaluation.score, source=source, target=val, device=device, amp=amp, workers=workers
+    )
     origin = {"classes": source.classes, "tgt_size": target.size, "world": world}
     keep = partial(checkpoint, settings, hyper, origin, parts, log)
     stop = Stop(grace=2.0 if world > 1 else 0.0)
