@@ -1,6 +1,7 @@
 """CLAN, the algorithm: hyper-parameters, schedules and the two steps (Section 3.3, Eq. 3 to 7).
 
-    g_loss, terms, predictions = g_step(G, D, batch, step, PAPER)   # then backward and step for G
+    phase = phase_at(step, PAPER)
+    g_loss, terms, predictions = g_step(G, D, batch, phase, PAPER)  # then backward and step for G
     d_loss, terms = d_step(D, predictions)                          # then backward and step for D
 
 The steps are pure: they compute losses and call no backward, optimizer, print or file. The loop
@@ -143,6 +144,26 @@ def uses_batch_statistics(step: int, hyper: Hyper) -> bool:
 # What the steps take and return.
 
 
+class Phase(NamedTuple):
+    """What changes with the step's number. A compiled step is one graph for each pair of flags."""
+
+    adversarial: bool  # uses the target and D
+    adaptive: bool  # Eq. 5, else Eq. 2
+    batch_statistics: bool  # BatchNorm normalises by the batch
+    strength: Tensor  # 0-dim float64: the factor of Eq. 4 and 5 in G's loss, 1 without damping
+
+
+def phase_at(step: int, hyper: Hyper, device: torch.device | str = "cpu") -> Phase:
+    """The phase of this step, counted from 0, for networks on `device`."""
+    strength = 1 - progress(step, hyper) if hyper.damping else 1.0
+    return Phase(
+        is_adversarial(step, hyper),
+        is_adaptive(step, hyper),
+        uses_batch_statistics(step, hyper),
+        torch.full((), strength, dtype=torch.float64, device=device),
+    )
+
+
 class GeneratorLike(Protocol):
     """G: B 3 H' W' images to (logits_1, logits_2), each B C h w."""
 
@@ -219,25 +240,25 @@ def without_gradient(module: DiscriminatorLike) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.func.functional_call(network, constants, (x,))
 
 
-def adaptive_weight(m: Tensor, step: int, hyper: Hyper) -> Tensor:
+def adaptive_weight(m: Tensor, hyper: Hyper) -> Tensor:
     """The weight of each pixel's adversarial loss, B 1 H W: lambda_local * M + eps (Eq. 5)."""
     weight = hyper.lambda_local * m + hyper.eps  # Eq. 5
-    return weight if hyper.m_control == "none" else controlled_weight(weight, step, hyper)
+    return weight if hyper.m_control == "none" else controlled_weight(weight, hyper)
 
 
 # The steps.
 
 
 def g_step(
-    G: GeneratorLike, D: DiscriminatorLike, batch: Batch, step: int, hyper: Hyper
+    G: GeneratorLike, D: DiscriminatorLike, batch: Batch, phase: Phase, hyper: Hyper
 ) -> tuple[Tensor, Terms, Predictions | None]:
-    """The loss of G at this step: the terms of Eq. 6 that `hyper.method` has.
+    """The loss of G in this phase: the terms of Eq. 6 that `hyper.method` has.
 
     G: images to (logits_1, logits_2), each B C h w. D: B C H W to B 1 h w; it gets no gradient.
+    phase: what `phase_at` says of the step.
     Returns (loss, terms, predictions): a scalar; a dict of detached scalars (the unweighted losses
     `seg`, `cos` and `adv`, and the mean of the map, `m`); Predictions, or None if D has no step.
     """
-    strength = 1 - progress(step, hyper) if hyper.damping else 1.0
     labels, size = batch.labels.long(), batch.labels.shape[-2:]
     logits_1, logits_2 = G(batch.source)  # B C h w each
     if hyper.seg_heads == "ensemble":  # the paper
@@ -253,13 +274,13 @@ def g_step(
     if hyper.method == "clan":
         l_weight = weight_discrepancy(*G.classifier_weights(hyper.cos_biases))  # Eq. 4
         l_weight = l_weight + hyper.cos_offset
-        loss = loss + hyper.lambda_weight * strength * l_weight
+        loss = loss + (hyper.lambda_weight * phase.strength).to(loss.dtype) * l_weight
         terms["cos"] = l_weight.detach()
-    if not is_adversarial(step, hyper):
+    if not phase.adversarial:
         return loss, terms, None
 
     if batch.target is None or batch.target_size is None:
-        raise ValueError(f"step {step} is adversarial but its batch has no target: see batch_at")
+        raise ValueError("an adversarial step needs a batch with a target: see data.batch_at")
     p_source = logits.softmax(dim=1)  # B C H W
     logits_1, logits_2 = (upsample(x, batch.target_size) for x in G(batch.target))
     p_target = (logits_1 + logits_2).softmax(dim=1)  # B C H W
@@ -267,8 +288,8 @@ def g_step(
     if hyper.method == "clan":
         m = discrepancy_map(logits_1.softmax(dim=1), logits_2.softmax(dim=1))  # B 1 H W
         terms["m"] = m.detach().mean()
-        if is_adaptive(step, hyper):
-            weight = adaptive_weight(m.detach() if hyper.detach_m else m, step, hyper)
+        if phase.adaptive:
+            weight = adaptive_weight(m.detach() if hyper.detach_m else m, hyper)
 
     fixed_D = without_gradient(D)
     d_target = domain_logits(fixed_D, p_target)
@@ -278,7 +299,7 @@ def g_step(
     else:  # G makes the target look like the source to D
         l_adv = adversarial_loss(d_target, is_source=True, weight=weight)
     terms["adv"] = l_adv.detach()
-    loss = loss + hyper.lambda_adv * strength * l_adv  # Eq. 6
+    loss = loss + (hyper.lambda_adv * phase.strength).to(loss.dtype) * l_adv  # Eq. 6
     weight = None if weight is None else weight.detach()
     return loss, terms, Predictions(p_source.detach(), p_target.detach(), weight)
 
@@ -304,16 +325,16 @@ def d_step(D: DiscriminatorLike, predictions: Predictions) -> tuple[Tensor, Term
 # Not part of the algorithm: the controls of the studies, and the check of a Hyper.
 
 
-def controlled_weight(weight: Tensor, step: int, hyper: Hyper) -> Tensor:
+def controlled_weight(weight: Tensor, hyper: Hyper) -> Tensor:
     """The weight of Eq. 5, B 1 H W, changed by the control `hyper.m_control`.
 
     The controls separate *where* M puts the weight from *how much* weight there is.
-    shuffled: the same weights at other pixels, in a new order each step.
+    shuffled: the same weights at other pixels, in an order drawn from torch's generator. train.py
+        seeds it before each step.
     mean1: the weights divided by their mean.
     """
     if hyper.m_control == "shuffled":
-        generator = torch.Generator(weight.device).manual_seed(step)  # CUDA's order is another one
-        order = torch.randperm(weight[0].numel(), generator=generator, device=weight.device)
+        order = torch.randperm(weight[0].numel(), device=weight.device)
         return weight.flatten(1)[:, order].view_as(weight)
     return weight / weight.mean()
 

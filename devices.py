@@ -6,10 +6,11 @@
 torchrun tells each process its number in environment variables. Only `launch` reads them.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -68,6 +69,48 @@ def uses_bfloat16(amp: str, device: torch.device) -> bool:
     if amp == "auto" and device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return amp == "bf16"
+
+
+def choose_algorithms(cudnn: str) -> None:
+    """--cudnn for all convolutions of this process; without CUDA it changes nothing.
+
+    "fastest" tries all algorithms at each new size. Another process may choose others, which round
+    differently. "deterministic" leaves out those that add in a random order.
+    """
+    torch.backends.cudnn.benchmark = cudnn == "fastest"
+    torch.backends.cudnn.deterministic = cudnn == "deterministic"
+
+
+@contextlib.contextmanager
+def convolutions_in(precision: str) -> Iterator[None]:
+    """float32 convolutions of CUDA in "ieee" or "tf32" (torch's default: 10 bits of mantissa)."""
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch does not type it
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = precision
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_workers(asked: int, drawn: bool) -> int:
+    """How many processes read images. -1: one for each core that this process may use, at most 8.
+
+    drawn: only streets are read. They are drawn once and kept in memory, so -1 means none.
+    """
+    if asked < -1:
+        raise ValueError(f"--workers {asked}: give 0, a number of processes, or -1 for the default")
+    if asked >= 0 or drawn:
+        return max(asked, 0)
+    known = hasattr(os, "sched_getaffinity")  # a container may have only some of the cores
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return min(8, cores // launch().local_world)
 
 
 def machine(device: torch.device) -> str:
@@ -143,26 +186,7 @@ def share_buffers(network: nn.Module) -> None:
             torch.distributed.broadcast(buffer, src=0)
 
 
-# The steps of a method, compiled and averaged over processes.
-
-
-def compiled(method: Method, choice: str, device: torch.device) -> Method:
-    """The method. With --compile on, its two steps are compiled. Raises ValueError on a CPU."""
-    if choice == "off":
-        return method
-    if device.type == "cpu":
-        # inductor of torch 2.13 loses gradients of F.interpolate, with right losses (test_clan.py).
-        # The up-sampling of a compiled step avoids that, but no run checks its own gradients yet.
-        raise ValueError("--compile on is not checked on a CPU, where torch 2.13 erred: drop it")
-    if launch().world > 1:
-        raise ValueError("--compile on was never tried with several processes: drop it")
-    return with_compiled_steps(method)
-
-
-def with_compiled_steps(method: Method) -> Method:
-    """The method with g_step and d_step compiled, on any device."""
-    g_step, d_step = torch.compile(method.g_step), torch.compile(method.d_step)
-    return replace(method, g_step=g_step, d_step=d_step)
+# The steps of a method, averaged over processes.
 
 
 class Step(nn.Module):

@@ -30,6 +30,7 @@ import data
 from checkpoints import newest_checkpoint, read_metadata
 from classes import CLASSES, LABEL_IDS, SYNTHIA_13, SYNTHIA_ABSENT, palette_of
 from devices import (
+    count_workers,
     find_device,
     join_processes,
     leave_processes,
@@ -324,7 +325,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
     to_source_ids, _, _ = data.shared_classes(source, target)
     save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
     amp = uses_bfloat16(settings.get("amp", "off"), device)  # as in training
-    how = {"device": device, "amp": amp, "workers": args.workers, "save": save}
+    workers = count_workers(args.workers, drawn=target.name == "streets")
+    how = {"device": device, "amp": amp, "workers": workers, "save": save}
     confusion = evaluate(G, target, to_source_ids, **how)
     rank, _ = ranks()
     leave_processes()
@@ -424,7 +426,7 @@ def main(argv=None) -> None:
         command.add_argument("--src-dir", type=Path, help="the source's own folder")
         command.add_argument("--tgt-dir", type=Path, help="the target's own folder")
         command.add_argument("--tgt-size", type=int, nargs=2, help="H W of the network's input")
-        command.add_argument("--workers", type=int, default=0, help="processes that read images")
+        command.add_argument("--workers", type=int, default=-1, help="as in train.py")
         command.add_argument("--save-predictions", type=Path, help="folder for labelIds PNGs")
         run, args = evaluate_main, command.parse_args(argv)
     try:

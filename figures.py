@@ -364,7 +364,7 @@ def weightmap(study: Study) -> None:
         row[0].imshow(pixels)
         row[1].imshow(palette[p.argmax(dim=0).numpy()])
         titles = (name, f"prediction, step {step}", "M", "weight lambda_local M + eps")
-        weight = clan.adaptive_weight(m[None, None], step, hyper)[0, 0]
+        weight = clan.adaptive_weight(m[None, None], hyper)[0, 0]
         for ax, values, colours, low, high in (
             (row[2], m, "magma", 0, None),
             (row[3], weight, "magma", 0, None),

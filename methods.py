@@ -1,7 +1,7 @@
 """One table of the methods: the label of each, what it reads, and its steps.
 
     method = METHODS[hyper.method]
-    loss, terms, predictions = method.g_step(G, D, batch, step, hyper)
+    loss, terms, predictions = method.g_step(G, D, batch, phase, hyper)
 
 To add a method, write its steps (pure functions, like those of clan.py) and a row here. Numbers
 that only this method has are the fields of a subclass of clan.Hyper. Each becomes a flag that only
@@ -37,7 +37,7 @@ class Method:
     has_d: bool = True  # `source` has one too, because it shares its warm-up with TAN
     warm_up: str = "source"  # methods with the same word take the same steps before adv_start
     g_step: Callable[..., tuple[Tensor, Terms, Any]] = clan.g_step
-    # Further steps of G from adv_start on. Each maps (G, batch, step, hyper) to (loss, terms).
+    # Further steps of G from adv_start on. Each maps (G, batch, phase, hyper) to (loss, terms).
     later_steps: tuple[Callable[..., tuple[Tensor, Terms]], ...] = ()
     d_step: Callable[..., tuple[Tensor, Terms]] = clan.d_step
     # The state is made from (G, hyper) and after each step from (state, G, terms, hyper).

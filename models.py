@@ -9,12 +9,15 @@ first weights of a backbone. Strides and normalisation follow from it. The wrong
 accuracy and raises no error.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # lineage: (channel order, mean, standard deviation), for images of 0 to 255.
 NORMALIZATION = {
@@ -388,6 +391,7 @@ class Generator(nn.Module):
 
     mean: Tensor
     std: Tensor
+    merge_heads = False  # compute both heads at once: `both_heads`
     if TYPE_CHECKING:  # nn.Module does not type its calls
 
         def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
@@ -420,7 +424,7 @@ class Generator(nn.Module):
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, std=head_std)
 
-    def features(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def features(self, images: Tensor) -> Any:
         """E's output for uint8 RGB images, or for floating-point images already normalised."""
         if not images.is_floating_point():
             images = normalize(images, self.lineage, (self.mean, self.std))
@@ -429,7 +433,7 @@ class Generator(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """B 3 H W (see `features`) -> the logits of C1 and of C2, each B C h w."""
         x = self.features(images)
-        return self.C1(x), self.C2(x)
+        return both_heads(self.C1, self.C2, x) if self.merge_heads else (self.C1(x), self.C2(x))
 
     def classifier_weights(self, biases: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Filters of C1 and C2 in one order, for Eq. 4; `biases` adds these (released code)."""
@@ -472,3 +476,68 @@ def set_batchnorm(module: nn.Module, *, train_affine: bool, batch_statistics: bo
         if isinstance(m, nn.BatchNorm2d):
             m.requires_grad_(train_affine)
             m.train(batch_statistics)
+
+
+# The same networks, computed in another way for speed or memory.
+
+
+def both_heads(C1: nn.Module, C2: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of both heads from one convolution a dilation, equal but for rounding.
+
+    Tensor cores want a multiple of 8 output channels, so zeros follow the filters of both heads.
+    Raises ValueError for heads that are not dilated.
+    """
+    if not (isinstance(C1, DilatedHead) and isinstance(C2, DilatedHead)):
+        raise ValueError("--merge-heads merges dilated heads, which vgg16 has not: drop it")
+    pairs = cast(Iterable[tuple[nn.Conv2d, nn.Conv2d]], zip(C1.branches, C2.branches, strict=True))
+    logits = []
+    for a, b in pairs:
+        n, missing = a.out_channels, -2 * a.out_channels % 8  # C; 2 for 19 classes
+        weight = F.pad(torch.cat([a.weight, b.weight]), (0, 0, 0, 0, 0, 0, 0, missing))
+        bias = F.pad(torch.cat([cast(Tensor, a.bias), cast(Tensor, b.bias)]), (0, missing))
+        logits.append(F.conv2d(x, weight, bias, 1, a.padding, a.dilation))
+    together = sum(logits[1:], logits[0])  # B 2C+missing h w
+    return together[:, :n], together[:, n : 2 * n]
+
+
+def residual_blocks(G: Generator) -> Sequence[nn.Module]:
+    """The residual blocks of E. Raises ValueError for a backbone that has none."""
+    blocks = [m for m in G.E.modules() if isinstance(m, (Bottleneck, BasicBlock, MBConv))]
+    if not blocks:
+        raise ValueError(
+            f"{G.backbone} has no residual blocks: drop --recompute and --compile blocks"
+        )
+    return blocks
+
+
+def recompute_blocks(G: Generator) -> None:
+    """Keep only the input of each residual block for the backward pass, which computes the rest
+    again. Exact: BatchNorm counts each batch once."""
+    for block in residual_blocks(G):
+        again = partial(once_more, block)
+        block.forward = partial(  # on the block itself: its weights keep their names
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=again,
+        )
+
+
+def once_more(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of a block's forward and of its second computation: torch's `context_fn`."""
+    return nullcontext(), statistics_kept(block)
+
+
+@contextmanager
+def statistics_kept(block: nn.Module) -> Iterator[None]:
+    """In this context BatchNorm updates copies of its running statistics, which are then lost."""
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    buffers = [(m, name, value) for m in norms for name, value in m.named_buffers()]
+    for m, name, value in buffers:
+        setattr(m, name, value.clone())
+    try:
+        yield
+    finally:
+        for m, name, value in buffers:
+            setattr(m, name, value)

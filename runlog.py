@@ -30,6 +30,7 @@ from clan import Hyper, Terms
 
 # Warn if D's mean probability of "source" is above SURE or below 1 - SURE for STUCK steps.
 SURE, STUCK = 0.999, 200
+AHEAD = 8  # steps whose terms may still be under way: the device is at most so far behind the host
 D_WON = "try a smaller --lr-d, or a larger --lambda-adv"
 D_LOST = "try a smaller --lr-d, or a smaller --lambda-adv"
 
@@ -38,8 +39,9 @@ class Log:
     """Writes metrics.jsonl, shows the progress, and watches what a run computes.
 
     The scalars of a step are copied to the host while the device goes on. They are read when they
-    have arrived (on a CPU at once). So no step waits, and the error for a NaN names its step. Each
-    process watches its own scalars. Only the first has a `path` to write to.
+    have arrived (on a CPU at once). So no step waits, unless the device is AHEAD steps behind. The
+    error for a NaN names its step. Each process watches its own scalars. Only the first has a
+    `path` to write to.
     """
 
     def __init__(self, path: Path | None, start: int, hyper: Hyper, every: int, console: Console):
@@ -89,7 +91,8 @@ class Log:
         """
         while self.pending:
             step, names, values, arrived = self.pending[0]
-            if arrived is not None and not wait and not arrived.query():
+            late = wait or len(self.pending) > AHEAD
+            if arrived is not None and not late and not arrived.query():
                 return
             if arrived is not None:
                 arrived.synchronize()

@@ -24,6 +24,8 @@ from devices import launch
 from methods import METHODS, own_fields, unused_fields
 from models import BACKBONES, check_choice, has_imagenet, lineage_for
 
+Compile = Literal["auto", "off", "on", "blocks"]
+Cudnn = Literal["auto", "fastest", "deterministic"]
 Flags = dict[str, Any]  # the flags that were given, by field
 
 
@@ -47,7 +49,10 @@ class Settings:
     out: Path | None = None  # run folder; default: runs/SRC-TGT-BACKBONE-METHOD-seedN
     device: str = "auto"  # cpu, cuda, cuda:1; auto: the GPU if there is one
     amp: Literal["auto", "off", "bf16"] = "auto"  # bfloat16 where it is safe; auto: on CUDA
-    compile: Literal["off", "on"] = "off"  # torch.compile of the two steps; only CUDA, not run yet
+    compile: Compile = "auto"  # the steps, or only E's blocks, if right; auto: long runs on CUDA
+    cudnn: Cudnn = "auto"  # its choice of algorithms: by rule, the fastest tried, or deterministic
+    merge_heads: bool = False  # one convolution a dilation for both heads; for CUDA, not measured
+    recompute: bool = False  # compute blocks again in the backward pass: 3.5 GB of r101, not 7.9
     workers: int = -1  # processes that read images; -1: one a core, at most 8; none for streets
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between scores on the target's val split; 0: only at the end
@@ -81,7 +86,8 @@ LEAST = {"log_every": 1, "save_every": 1, "keep": 1, "eval_every": 0, "workers":
 
 # Settings that a resumed run may change: folders, device, and when something is written. (Another
 # device rounds differently. A resumed run is equal bit for bit only on the same device.)
-FREE = {"data", "src_dir", "tgt_dir", "out", "device", "compile", "workers", "log_every"}
+FREE = {"data", "src_dir", "tgt_dir", "out", "device", "compile", "cudnn"}
+FREE |= {"recompute", "workers", "log_every"}
 FREE |= {"eval_every", "save_every", "keep"}
 
 # What a backbone changes in the recipe. tiny and lite0 take few steps at larger rates, and begin

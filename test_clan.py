@@ -24,6 +24,7 @@ from helpers import (
     EVERY_RECIPE,
     assert_equal,
     closeness,
+    g_step_at,
     seeded,
     some_labels,
     tensors_of,
@@ -576,7 +577,7 @@ def test_clan_released_recipe_equals_the_released_formulas(step, lambda_local):
     """Values and every gradient, through M too; plain BCE in steps 0 to 4 of 100."""
     (G, D), batch = small_networks(), small_batch()
     hyper = replace(RELEASED, steps=100, lambda_local=lambda_local)
-    loss_g, _, predictions = clan.g_step(G, D, batch, step, hyper)
+    loss_g, _, predictions = g_step_at(G, D, batch, step, hyper)
     loss_d, _ = clan.d_step(D, predictions)
     expected_g, expected_d = released_losses(G, D, batch, step, 100, lambda_local)
     torch.testing.assert_close(loss_g, expected_g)
@@ -641,7 +642,7 @@ def paper_losses(G, D, batch: Batch, hyper: Hyper):
 @pytest.mark.parametrize("step", (0, 3, 99_999))
 def test_clan_paper_recipe_equals_the_papers_equations(step):
     (G, D), batch = small_networks(), small_batch()
-    loss_g, _, predictions = clan.g_step(G, D, batch, step, PAPER)
+    loss_g, _, predictions = g_step_at(G, D, batch, step, PAPER)
     loss_d, _ = clan.d_step(D, predictions)
     expected_g, expected_d = paper_losses(G, D, batch, PAPER)
     torch.testing.assert_close(loss_g, expected_g)
@@ -734,7 +735,7 @@ def test_clan_gs_step_leaves_d_alone_and_ds_step_leaves_g_alone(recipe, minimax)
     (G, D), batch = small_networks(), small_batch()
     before = tensors_of(G), tensors_of(D)
     hyper = replace(clan.RECIPES[recipe], minimax=minimax)
-    loss, terms, predictions = clan.g_step(G, D, batch, 50_000, hyper)
+    loss, terms, predictions = g_step_at(G, D, batch, 50_000, hyper)
     loss.backward()
     assert all(g is None for g in grads_of(D))
     assert all(g is not None and g.abs().max() > 0 for g in grads_of(G))
@@ -753,7 +754,7 @@ def test_clan_steps_are_pure_functions(recipe):
     """Twice the same arguments, twice the same loss; the global random state is left alone."""
     (G, D), batch, hyper = small_networks(), small_batch(), clan.RECIPES[recipe]
     state = torch.get_rng_state()
-    one, two = (clan.g_step(G, D, batch, 9, hyper) for _ in range(2))
+    one, two = (g_step_at(G, D, batch, 9, hyper) for _ in range(2))
     assert torch.equal(one[0], two[0])
     assert torch.equal(clan.d_step(D, one[2])[0], clan.d_step(D, two[2])[0])
     assert torch.equal(torch.get_rng_state(), state)
@@ -761,7 +762,7 @@ def test_clan_steps_are_pure_functions(recipe):
 
 def test_clan_predictions_are_the_probabilities_of_the_ensemble():
     (G, D), batch = small_networks(), small_batch()
-    _, terms, predictions = clan.g_step(G, D, batch, 0, PAPER)
+    _, terms, predictions = g_step_at(G, D, batch, 0, PAPER)
     for p, images, size in (
         (predictions.source, batch.source, (64, 96)),
         (predictions.target, batch.target, (32, 64)),
@@ -781,7 +782,7 @@ def hyper_of(recipe: str, method: str, **change) -> Hyper:
 def test_clan_methods_differ_by_exactly_the_missing_terms(recipe):
     (G, D), batch, step = small_networks(), small_batch(), 60
     hypers = {m: hyper_of(recipe, m) for m in ("source", "tan", "clan")}
-    results = {m: clan.g_step(G, D, batch, step, h) for m, h in hypers.items()}
+    results = {m: g_step_at(G, D, batch, step, h) for m, h in hypers.items()}
     hyper = hypers["clan"]
     strength = 0.4 if recipe == "released" else 1.0
     for method, names in (
@@ -805,13 +806,13 @@ def test_clan_methods_differ_by_exactly_the_missing_terms(recipe):
 def test_clan_without_its_own_terms_is_tan_and_tan_without_its_own_is_source(recipe):
     (G, D), batch, step = small_networks(), small_batch(), 60
     stripped = hyper_of(recipe, "clan", lambda_local=0.0, eps=1.0, lambda_weight=0.0)
-    clan_loss, _, clan_p = clan.g_step(G, D, batch, step, stripped)
-    tan_loss, _, tan_p = clan.g_step(G, D, batch, step, hyper_of(recipe, "tan"))
+    clan_loss, _, clan_p = g_step_at(G, D, batch, step, stripped)
+    tan_loss, _, tan_p = g_step_at(G, D, batch, step, hyper_of(recipe, "tan"))
     torch.testing.assert_close(clan_loss, tan_loss)
     assert_same_gradients(clan_loss, tan_loss, G)
     torch.testing.assert_close(clan.d_step(D, clan_p)[0], clan.d_step(D, tan_p)[0])
-    silent, _, _ = clan.g_step(G, D, batch, step, hyper_of(recipe, "tan", lambda_adv=0.0))
-    source_loss, _, _ = clan.g_step(G, None, batch, step, hyper_of(recipe, "source"))
+    silent, _, _ = g_step_at(G, D, batch, step, hyper_of(recipe, "tan", lambda_adv=0.0))
+    source_loss, _, _ = g_step_at(G, None, batch, step, hyper_of(recipe, "source"))
     torch.testing.assert_close(silent, source_loss)
     assert_same_gradients(silent, source_loss, G)
 
@@ -822,7 +823,7 @@ def test_clan_before_adv_start_neither_d_nor_the_target_is_needed(recipe, method
     G, _ = small_networks()
     batch = small_batch()._replace(target=None, target_size=None)
     hyper = hyper_of(recipe, method, adv_start=10)
-    loss, terms, predictions = clan.g_step(G, None, batch, 9, hyper)
+    loss, terms, predictions = g_step_at(G, None, batch, 9, hyper)
     assert predictions is None and loss.isfinite()
     assert set(terms) == ({"seg", "cos"} if method == "clan" else {"seg"})
     assert clan.is_adversarial(10, hyper) == (method != "source")
@@ -836,7 +837,7 @@ def test_clan_schedules_count_from_adv_start():
     assert [clan.is_adaptive(s, hyper) for s in (109, 110, 299)] == [False, True, True]
     assert not clan.is_adaptive(200, replace(hyper, method="tan"))
     (G, D), batch = small_networks(), small_batch()
-    undamped, terms, _ = clan.g_step(G, D, batch, 100, hyper)
+    undamped, terms, _ = g_step_at(G, D, batch, 100, hyper)
     expected = terms["seg"] + 0.02 * terms["cos"] + 0.001 * terms["adv"]
     torch.testing.assert_close(undamped.detach(), expected)
 
@@ -857,7 +858,7 @@ def test_clan_weight_term_is_over_filters_or_over_everything():
     assert abs(filters - everything) > 1e-3
     for biases, expected in ((False, filters), (True, everything)):
         hyper = Hyper(cos_biases=biases)
-        _, terms, _ = clan.g_step(G, D, small_batch(), 0, hyper)
+        _, terms, _ = g_step_at(G, D, small_batch(), 0, hyper)
         torch.testing.assert_close(terms["cos"], expected.detach())
 
 
@@ -865,7 +866,7 @@ def test_clan_minimax_makes_g_ascend_exactly_the_loss_of_d():
     """Eq. 7: the adversarial term of G is the negative of D's loss, to the last bit."""
     (G, D), batch = small_networks(), small_batch()
     hyper = Hyper(minimax=True, lambda_weight=0.0, lambda_adv=0.7)
-    loss, terms, predictions = clan.g_step(G, D, batch, 0, hyper)
+    loss, terms, predictions = g_step_at(G, D, batch, 0, hyper)
     loss_d, d_terms = clan.d_step(D, predictions)
     torch.testing.assert_close(terms["adv"], -d_terms["d"])
     torch.testing.assert_close(loss.detach(), terms["seg"] - 0.7 * loss_d.detach())
@@ -877,10 +878,10 @@ def test_clan_the_non_saturating_step_fools_d():
     hyper = Hyper(method="tan", lambda_adv=1.0)
     answers = []
     for _ in range(5):
-        loss, _, predictions = clan.g_step(G, D, batch, 0, hyper)
+        loss, _, predictions = g_step_at(G, D, batch, 0, hyper)
         answers.append(clan.d_step(D, predictions)[1]["d_target"].item())
         adversarial_alone = gradients(loss, G)
-        seg_alone = gradients(clan.g_step(G, None, batch, 0, replace(hyper, method="source"))[0], G)
+        seg_alone = gradients(g_step_at(G, None, batch, 0, replace(hyper, method="source"))[0], G)
         with torch.no_grad():
             for p, a, s in zip(G.parameters(), adversarial_alone, seg_alone, strict=True):
                 p -= 0.05 * (a - s) / max((a - s).norm(), 1e-12)
@@ -889,7 +890,7 @@ def test_clan_the_non_saturating_step_fools_d():
 
 def test_clan_ds_step_teaches_d_to_say_source_on_source():
     (G, D), batch = small_networks(), small_batch()
-    _, _, predictions = clan.g_step(G, D, batch, 0, PAPER)
+    _, _, predictions = g_step_at(G, D, batch, 0, PAPER)
     optimizer = torch.optim.Adam(D.parameters(), 1e-2)
     for _ in range(40):
         loss, terms = clan.d_step(D, predictions)
@@ -901,10 +902,10 @@ def test_clan_ds_step_teaches_d_to_say_source_on_source():
 
 def test_clan_detach_m_stops_the_gradient_through_the_weight_alone():
     (G, D), batch = small_networks(), small_batch()
-    flowing, _, predictions = clan.g_step(G, D, batch, 0, Hyper(lambda_adv=1.0))
-    detached, _, _ = clan.g_step(G, D, batch, 0, Hyper(lambda_adv=1.0, detach_m=True))
+    flowing, _, predictions = g_step_at(G, D, batch, 0, Hyper(lambda_adv=1.0))
+    detached, _, _ = g_step_at(G, D, batch, 0, Hyper(lambda_adv=1.0, detach_m=True))
     torch.testing.assert_close(flowing, detached)
-    base, _, _ = clan.g_step(G, D, batch, 0, Hyper(lambda_adv=0.0))
+    base, _, _ = g_step_at(G, D, batch, 0, Hyper(lambda_adv=0.0))
     p = sum(up(x, (32, 64)) for x in G(batch.target)).softmax(1)
     fixed = adversarial_loss(up(D(p), (32, 64)), True, predictions.weight)
     assert_same_gradients(detached, base + fixed, G)
@@ -915,14 +916,17 @@ def test_clan_detach_m_stops_the_gradient_through_the_weight_alone():
 def test_clan_m_controls_keep_what_they_claim_to_keep():
     """Shuffled: the same weights of each image at other pixels. mean1: the same map, of mean 1."""
     m = torch.rand(2, 1, 4, 6, generator=seeded(), dtype=torch.float64)
-    local = clan.adaptive_weight(m, 0, PAPER)
+    local = clan.adaptive_weight(m, PAPER)
     torch.testing.assert_close(local, 40 * m + 0.4, rtol=0, atol=1e-15)
-    shuffled = clan.adaptive_weight(m, 0, Hyper(m_control="shuffled"))
+    torch.manual_seed(0)  # as train.py before a step
+    shuffled = clan.adaptive_weight(m, Hyper(m_control="shuffled"))
     assert torch.equal(shuffled.flatten(1).sort().values, local.flatten(1).sort().values)
     assert (shuffled != local).double().mean() > 0.8
-    again, later = (clan.adaptive_weight(m, i, Hyper(m_control="shuffled")) for i in (0, 1))
+    later = clan.adaptive_weight(m, Hyper(m_control="shuffled"))
+    torch.manual_seed(0)
+    again = clan.adaptive_weight(m, Hyper(m_control="shuffled"))
     assert torch.equal(shuffled, again) and not torch.equal(shuffled, later)
-    mean1 = clan.adaptive_weight(m, 0, Hyper(m_control="mean1"))
+    mean1 = clan.adaptive_weight(m, Hyper(m_control="mean1"))
     torch.testing.assert_close(mean1 * local.mean(), local, rtol=1e-12, atol=0)
     assert mean1.mean().item() == pytest.approx(1)
 
@@ -933,7 +937,7 @@ def test_clan_gradient_reaches_the_losses_in_float32_under_autocast():
     images = torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     batch = Batch(images, some_labels(1, 19, 32, 64), images.flip(3), (32, 64))
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _, predictions = clan.g_step(G, D, batch, 0, PAPER)
+        loss, _, predictions = g_step_at(G, D, batch, 0, PAPER)
         d_loss, _ = clan.d_step(D, predictions)
     values = (loss, d_loss, *predictions)
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in values)
@@ -987,8 +991,9 @@ def test_clan_steps_compile_into_one_graph_whatever_the_step(recipe):
         torch.compile(f, fullgraph=True, backend="eager") for f in (clan.g_step, clan.d_step)
     )
     for step in (0, 1, 60_000):
-        plain = clan.g_step(G, D, batch, step, clan.RECIPES[recipe])
-        graph = g_step(G, D, batch, step, clan.RECIPES[recipe])
+        plain = g_step_at(G, D, batch, step, clan.RECIPES[recipe])
+        phase = clan.phase_at(step, clan.RECIPES[recipe])
+        graph = g_step(G, D, batch, phase, clan.RECIPES[recipe])
         for a, b in zip(gradients(plain[0], G), gradients(graph[0], G), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
         one, other = d_step(D, graph[2])[0].item(), clan.d_step(D, plain[2])[0].item()
@@ -1014,9 +1019,10 @@ def test_clan_inductor_keeps_every_gradient(monkeypatch, way):
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=seeded())
     batch = Batch(images[:1], some_labels(1, 19, 64, 96), images[1:], (64, 96))
     hyper = replace(PAPER, method="tan")
-    plain = gradients(clan.g_step(G, D, batch, 60_000, hyper)[0], G)
+    plain = gradients(g_step_at(G, D, batch, 60_000, hyper)[0], G)
     compiled = torch.compile(clan.g_step, fullgraph=True)
-    for a, b in zip(gradients(compiled(G, D, batch, 60_000, hyper)[0], G), plain, strict=True):
+    loss, *_ = compiled(G, D, batch, clan.phase_at(60_000, hyper), hyper)
+    for a, b in zip(gradients(loss, G), plain, strict=True):
         assert (a - b).norm() <= 1e-3 * b.norm()
 
 
@@ -1038,7 +1044,7 @@ def test_clan_compiles_a_bounded_number_of_graphs_for_the_random_scales():
         )
         for step in (k, 50_000 + k):  # Eq. 2, then Eq. 5
             batch = Batch(source, labels, target, (80, 160))
-            d_step(D, g_step(G, D, batch, step, RELEASED)[2])
+            d_step(D, g_step(G, D, batch, clan.phase_at(step, RELEASED), RELEASED)[2])
     assert counters[0].frame_count <= 6 and counters[1].frame_count <= 2
 
 
@@ -1172,7 +1178,7 @@ def test_clan_bfloat16_moves_a_step_of_r101_no_more_than_rounded_weights_do():
 
     def step(G, amp: bool):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            loss, terms, predictions = clan.g_step(G, D, batch, 1, PAPER)
+            loss, terms, predictions = g_step_at(G, D, batch, 1, PAPER)
             d_loss, d_terms = clan.d_step(D, predictions)
         return terms | d_terms, named_gradients(loss, G), named_gradients(d_loss, D)
 

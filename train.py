@@ -12,7 +12,6 @@ import contextlib
 import errno
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -45,9 +44,10 @@ from checkpoints import (
     saved,
     unpack,
 )
-from clan import Batch, Hyper, Terms
+from clan import Batch, Hyper, Phase, Terms
+from compilation import CompiledSteps, what_to_compile
 from methods import METHODS, Method, State, uses_target
-from models import Discriminator, Generator, set_batchnorm
+from models import Discriminator, Generator, recompute_blocks, set_batchnorm
 from runlog import Log, Stop, Stopped, remedies
 from settings import (
     Settings,
@@ -71,14 +71,14 @@ def one_step(
     opt_d: Optimizer | None,
     state: State,
     batch: Batch,
-    step: int,
+    phase: Phase,
     hyper: Hyper,
     autocast: torch.autocast,
 ) -> Terms:
     """A step of G and then one of D (Eq. 7). Returns the scalars to log."""
     own_state = (state,) if method.first_state else ()
     with autocast:
-        g_loss, terms, predictions = method.g_step(G, D, batch, step, hyper, *own_state)  # Eq. 6
+        g_loss, terms, predictions = method.g_step(G, D, batch, phase, hyper, *own_state)  # Eq. 6
     opt_g.zero_grad()
     g_loss.backward()
     terms["grad"] = gradient_norm(opt_g)
@@ -86,7 +86,7 @@ def one_step(
 
     for later_step in method.later_steps if batch.target is not None else ():  # CLAN has none
         with autocast:
-            later_loss, later_terms = later_step(G, batch, step, hyper, *own_state)
+            later_loss, later_terms = later_step(G, batch, phase, hyper, *own_state)
         opt_g.zero_grad()
         later_loss.backward()
         opt_g.step()
@@ -111,21 +111,24 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     device = devices.find_device(settings.device)
     devices.join_processes(device)
     rank, world = devices.ranks()
+    devices.choose_algorithms(settings.cudnn)
     amp = devices.uses_bfloat16(settings.amp, device)
-    method = devices.compiled(METHODS[hyper.method], settings.compile, device)
+    method = METHODS[hyper.method]
     source, target, val = open_all(settings)
-    workers = count_workers(settings)
+    drawn = settings.src == settings.tgt == "streets"
+    workers = devices.count_workers(settings.workers, drawn)
 
     G, D = first_networks(settings, hyper, len(source.classes), device, resume, console)
     opt_g, opt_d = build_optimizers(G, D, hyper)
     state = method.first_state(G, hyper) if method.first_state else {}
     parts = (G, D, opt_g, opt_d, state)  # all that a step changes, and a checkpoint holds
     introduce(settings, hyper, source, target, val, device, console)
-    if resume:
-        restore(resume, *parts)
+    decisions = restore(resume, device, console, *parts) if resume else {}
     # Sets requires_grad before DDP collects the parameters.
     set_batchnorm(G, train_affine=hyper.bn_affine, batch_statistics=True)
-    method = devices.data_parallel(method, G, D)
+    what = what_to_compile(settings.compile, device, hyper.steps)
+    compiled = CompiledSteps(method, what, G, console.print, decisions)
+    method = devices.data_parallel(compiled.method, G, D)
 
     log = open_log(settings, hyper, start, rank, console)
     batches = read_ahead(source, target, hyper, start, settings.seed, workers, device)
@@ -134,6 +137,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
         evaluation.score, source=source, target=val, device=device, amp=amp, workers=workers
     )
     origin = {"classes": source.classes, "tgt_size": target.size, "world": world}
+    origin["compiled"] = compiled.decisions
     keep = partial(checkpoint, settings, hyper, origin, parts, log)
     stop = Stop(grace=2.0 if world > 1 else 0.0)
     with log.bar, stop, remedies(settings.folder):
@@ -142,10 +146,11 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
             # exact.
             torch.manual_seed(seed_of(settings.seed, step, rank))
             batch = to_device(batch, device)
+            phase = clan.phase_at(step, hyper, device)
             set_rates(opt_g, opt_d, step, hyper)
-            statistics = clan.uses_batch_statistics(step, hyper)
-            set_batchnorm(G.train(), train_affine=hyper.bn_affine, batch_statistics=statistics)
-            terms = one_step(method, *parts, batch, step, hyper, autocast)
+            set_mode(G, phase, hyper)
+            with compiled.chosen(G, D, state, batch, phase, hyper, autocast):
+                terms = one_step(method, *parts, batch, phase, hyper, autocast)
             images = world * hyper.batch * (2 if uses_target(step, hyper) else 1)
             log.add(step + 1, terms, images)
             after_step(step + 1, settings, hyper, log, stop, partial(score, G), keep)
@@ -181,15 +186,6 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     return source, target, val
 
 
-def count_workers(settings: Settings) -> int:
-    """How many processes read images: --workers, or what this machine's cores allow."""
-    if settings.workers >= 0:
-        return settings.workers
-    if settings.src == settings.tgt == "streets":  # drawn once and kept in memory
-        return 0
-    return min(8, (os.cpu_count() or 1) // devices.launch().local_world)
-
-
 def first_networks(
     settings: Settings,
     hyper: Hyper,
@@ -206,6 +202,9 @@ def first_networks(
     D = Discriminator(num_classes, hyper.d_channels) if METHODS[hyper.method].has_d else None
     if settings.init != "none" and not resume:
         load_weights(G, settings.init, say=console.print)
+    G.merge_heads = settings.merge_heads
+    if settings.recompute:
+        recompute_blocks(G)
     return devices.place(G, device), D if D is None else devices.place(D, device)
 
 
@@ -250,12 +249,18 @@ def introduce(
         console.print(f"not scored, in one data set only: {', '.join(left_out)}", soft_wrap=True)
 
 
-def restore(path: Path, *parts: Any) -> None:
-    """Load a checkpoint into the parts of a run, which stand in the order of `pack`."""
+def restore(path: Path, device: torch.device, console: Console, *parts: Any) -> dict[str, str]:
+    """Load a checkpoint into the parts of a run, which stand in the order of `pack`.
+
+    Returns what the run had decided about compiled steps.
+    """
     try:
         unpack(read_checkpoint(path)[0], *parts)
     except ValueError as error:
         raise ValueError(f"{path} does not fit: {error}; use an older checkpoint") from error
+    if device.type == "cuda":
+        console.print("on CUDA a resumed run is not promised to end with the same bits")
+    return read_metadata(path).get("compiled", {})
 
 
 def open_log(settings: Settings, hyper: Hyper, start: int, rank: int, console: Console) -> Log:
@@ -304,6 +309,19 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     source, labels = (x.to(device, non_blocking=True) for x in (source, labels))
     target = None if target is None else target.to(device, non_blocking=True)
     return Batch(source, labels, target, size)
+
+
+def set_mode(G: Generator, phase: Phase, hyper: Hyper) -> None:
+    """G in training mode, with BatchNorm as the phase says. Scoring leaves G in another mode.
+
+    Only a change is set, since a walk through all modules of r101 takes a millisecond.
+    """
+    norms = (m for m in G.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    first = next(norms, None)
+    changes = first is not None and first.training != phase.batch_statistics
+    if changes or not G.training:
+        statistics = phase.batch_statistics
+        set_batchnorm(G.train(), train_affine=hyper.bn_affine, batch_statistics=statistics)
 
 
 def set_rates(opt_g: Optimizer, opt_d: Optimizer | None, step: int, hyper: Hyper) -> None:
@@ -405,7 +423,7 @@ def finish(
 
 # The program.
 
-LESS_MEMORY = "Give --amp bf16, --crop, a smaller --src-size and --tgt-size, or a smaller --batch."
+LESS_MEMORY = "Give --recompute, --amp bf16, --crop, smaller --src-size and --tgt-size, or --batch."
 
 
 def main(argv: list[str] | None = None) -> None:

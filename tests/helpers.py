@@ -20,8 +20,8 @@ import clan
 import models
 import study
 import train
-from bench import write_png16
 from classes import LABEL_IDS
+from measure import write_png16
 from methods import METHODS
 from weights import load_weights
 
@@ -265,16 +265,30 @@ def replace_g_step(monkeypatch, g_step) -> None:
         monkeypatch.setitem(METHODS, name, replace(method, g_step=g_step))
 
 
+def g_step_at(G, D, batch, step: int, hyper):
+    """clan.g_step in the phase of that step."""
+    return clan.g_step(G, D, batch, clan.phase_at(step, hyper), hyper)
+
+
+def before_step(monkeypatch, step: int, action) -> None:
+    """A run calls `action` when that step (from 0) begins."""
+    phase_at = clan.phase_at
+
+    def watched(now, *arguments):
+        if now == step:
+            action()
+        return phase_at(now, *arguments)
+
+    monkeypatch.setattr(clan, "phase_at", watched)
+
+
+def power_cut() -> None:
+    raise RuntimeError("the power is gone")
+
+
 def interrupt_at(monkeypatch, step: int, number=signal.SIGINT) -> None:
     """Ctrl-C during that step (from 0), as the terminal sends it."""
-    g_step = clan.g_step
-
-    def interrupted(G, D, batch, now, hyper):
-        if now == step:
-            os.kill(os.getpid(), number)
-        return g_step(G, D, batch, now, hyper)
-
-    replace_g_step(monkeypatch, interrupted)
+    before_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
 
 
 def spoil(path: Path, how: str) -> None:

@@ -30,8 +30,8 @@ from weights import load_generator
 # A file imports only files that stand before it.
 ORDER = (
     *("losses", "clan", "methods", "classes", "streets", "data", "checkpoints", "models"),
-    *("weights", "devices", "settings", "runlog", "eval", "train", "runs", "figures", "study"),
-    "bench",
+    *("weights", "devices", "compilation", "settings", "runlog", "eval", "train", "runs"),
+    *("figures", "study", "measure", "gpu", "bench"),
 )
 
 
@@ -131,14 +131,14 @@ def test_house_underscores_stand_in_streets_alone():
 # Types.
 
 SWAPPED = """
-from clan import PAPER, Batch, g_step
+from clan import PAPER, Batch, Phase, g_step
 from models import Discriminator, Generator
 
-def right(G: Generator, D: Discriminator, batch: Batch) -> None:
-    g_step(G, D, batch, 0, PAPER)
+def right(G: Generator, D: Discriminator, batch: Batch, phase: Phase) -> None:
+    g_step(G, D, batch, phase, PAPER)
 
-def wrong(G: Generator, D: Discriminator, batch: Batch) -> None:
-    g_step(D, G, batch, 0, PAPER)
+def wrong(G: Generator, D: Discriminator, batch: Batch, phase: Phase) -> None:
+    g_step(D, G, batch, phase, PAPER)
 """
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from helpers import (
     assert_equal,
+    before_step,
     last_tensors,
     metrics,
-    replace_g_step,
+    power_cut,
     run_error,
     striped,
     write_png,
@@ -83,16 +84,16 @@ def even_loss(G, batch, wanted: torch.Tensor) -> torch.Tensor:
     return (shares - wanted).square().sum()
 
 
-def even_first(G, D, batch, step, hyper, state):
+def even_first(G, D, batch, phase, hyper, state):
     assert D is None
-    loss, terms, _ = clan.g_step(G, D, batch, step, replace(hyper, method="source"))
+    loss, terms, _ = clan.g_step(G, D, batch, phase, replace(hyper, method="source"))
     if batch.target is not None:
         even = even_loss(G, batch, state["wanted"])
         loss, terms["even"] = loss + hyper.lambda_even * even, even.detach()
     return loss, terms, None
 
 
-def even_second(G, batch, step, hyper, state):
+def even_second(G, batch, phase, hyper, state):
     loss = even_loss(G, batch, state["wanted"])
     return hyper.lambda_even * loss, {"even_again": loss.detach()}
 
@@ -140,15 +141,8 @@ def rows(monkeypatch, tmp_path, few):
 def test_methods_a_new_row_trains_is_killed_resumes_and_is_scored(rows, tmp_path, monkeypatch, row):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.main([*FLAGS, *rows[row], "--out", str(whole)])
-    steps = {name: method.g_step for name, method in METHODS.items()}
-
-    def killed(G, D, batch, step, hyper, *state):
-        if step == 3:
-            raise RuntimeError("the power is gone")
-        return steps[hyper.method](G, D, batch, step, hyper, *state)
-
     with monkeypatch.context() as patch:
-        replace_g_step(patch, killed)
+        before_step(patch, 3, power_cut)
         with pytest.raises(RuntimeError, match="power"):
             train.main([*FLAGS, *rows[row], "--out", str(parts)])
     train.main(["--resume", str(parts)])

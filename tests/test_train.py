@@ -20,6 +20,8 @@ from helpers import (
     SHARED,
     SMALL,
     assert_equal,
+    before_step,
+    g_step_at,
     interrupt_at,
     last_tensors,
     make_cityscapes,
@@ -28,8 +30,8 @@ from helpers import (
     need,
     official_scores,
     part,
+    power_cut,
     quiet,
-    replace_g_step,
     run,
     run_error,
     seeded,
@@ -117,14 +119,8 @@ def test_train_a_run_killed_without_warning_goes_on_from_its_last_checkpoint(
     """Lines that the log has past the checkpoint are not doubled."""
     whole, parts = run(tmp_path / "whole"), tmp_path / "parts"
 
-    def killed(G, D, batch, now, hyper):
-        if now == 7:
-            raise RuntimeError("the power is gone")
-        return g_step(G, D, batch, now, hyper)
-
-    g_step = clan.g_step
     with monkeypatch.context() as patch:
-        replace_g_step(patch, killed)
+        before_step(patch, 7, power_cut)
         with pytest.raises(RuntimeError, match="power"):
             run(parts)
     assert metrics(parts)[-1]["step"] == 6
@@ -514,12 +510,6 @@ def test_train_a_resumed_run_does_not_write_into_another_run(few, finished, tmp_
     assert folder_bytes(other) == before
 
 
-def test_train_compiled_steps_are_refused_on_a_cpu(tmp_path):
-    """inductor has lost gradients there, and no run compares them: none may start."""
-    sentence = run_error("--compile", "on", "--device", "cpu", "--out", str(tmp_path / "out"))
-    assert "--compile on is not checked on a CPU" in sentence and not (tmp_path / "out").exists()
-
-
 def test_train_half_a_line_left_by_a_kill_is_dropped(few, tmp_path):
     whole, cut = run(tmp_path / "whole"), run(tmp_path / "cut")
     text = (cut / "metrics.jsonl").read_text()
@@ -637,7 +627,7 @@ def test_slow_vgg16_loads_torchvisions_weights_and_adapts(tmp_path, two_threads)
     images = torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8, generator=seeded())
     batch = Batch(images, some_labels(1, 19, 96, 128), images.flip(3), (96, 128))
     D = models.Discriminator()
-    loss, _, predictions = clan.g_step(G, D, batch, 0, PAPER)
+    loss, _, predictions = g_step_at(G, D, batch, 0, PAPER)
     loss.backward()
     assert loss.isfinite() and clan.d_step(D, predictions)[0].isfinite()
     assert all(p.grad.isfinite().all() for p in G.parameters())

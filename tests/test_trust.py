@@ -22,6 +22,7 @@ from helpers import (
     REMEDY,
     SMALL,
     assert_equal,
+    before_step,
     last_tensors,
     metrics,
     replace_g_step,
@@ -116,18 +117,19 @@ def test_train_a_full_disk_ends_the_run_with_a_sentence(tmp_path, limit):
 
 def breaks(monkeypatch, where: str, step: int) -> None:
     """A NaN in a weight before, or in a gradient or the images at, the step after `step`."""
-    g_step = clan.g_step
+    g_step, due = clan.g_step, []
+    before_step(monkeypatch, step, lambda: due.append(where))
 
-    def poisoned(G, D, batch, now, hyper):
-        weight = G.C1.branches[0].weight
-        if now == step and where == "weight":
+    def poisoned(G, D, batch, phase, hyper):
+        weight, now = G.C1.branches[0].weight, due.pop() if due else None
+        if now == "weight":
             weight.data[0, 0, 0, 0] = math.nan
-        if now == step and where == "image":
+        if now == "image":
             images = models.normalize(batch.source, G.lineage)
             images[0, 0, 0, 0] = math.nan
             batch = batch._replace(source=images)
-        result = g_step(G, D, batch, now, hyper)
-        if now == step and where == "gradient":
+        result = g_step(G, D, batch, phase, hyper)
+        if now == "gradient":
             weight.register_hook(lambda gradient: gradient * math.nan)
         return result
 
@@ -407,14 +409,14 @@ def test_train_a_long_run_keeps_its_memory_and_its_files(tmp_path):
     script = f"""
 import json, os, sys
 sys.path.insert(0, {str(HERE)!r})
-import torch, train, bench, data
+import torch, train, measure, data
 torch.set_num_threads(1)
 data.STREETS = {{key: (first, 100) for key, (first, _) in data.STREETS.items()}}  # soon all cached
 seen = []
 score = train.evaluation.score
 def watched(*arguments, **options):
     result = score(*arguments, **options)
-    seen.append((bench.resident("VmRSS"), len(os.listdir("/proc/self/fd"))))
+    seen.append((measure.resident("VmRSS"), len(os.listdir("/proc/self/fd"))))
     return result
 train.evaluation.score = watched
 train.main(sys.argv[1:])

@@ -1,0 +1,428 @@
+"""Compiled steps: a run takes them only if they are right, and the check leaves no trace."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    HERE,
+    SMALL,
+    assert_equal,
+    last_tensors,
+    metrics,
+    run,
+    run_error,
+    seeded,
+    some_labels,
+    tensors_of,
+)
+from torch import nn
+
+import clan
+import compilation
+import models
+from clan import PAPER, Batch
+from compilation import CompiledSteps, compare, evaluate, what_to_compile
+from methods import METHODS
+
+OFF = torch.autocast("cpu", enabled=False)
+BFLOAT16 = torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """No graph of another test, and torch's settings as before."""
+    torch._dynamo.reset()
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.optimize_ddp = limits
+
+
+def small_case(method="tan", step=60_000, **change) -> list:
+    """The arguments of `evaluate` but for the method and the autocast."""
+    torch.manual_seed(0)
+    hyper = replace(PAPER, method=method, **change)
+    G, D = models.Generator("tiny"), models.Discriminator(19, 4)
+    models.set_batchnorm(G.train(), train_affine=True, batch_statistics=True)
+    images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8, generator=seeded())
+    batch = Batch(images[:1], some_labels(1, 19, 32, 64).byte(), images[1:], (32, 64))
+    return [G, D, {}, batch, clan.phase_at(step, hyper), hyper]
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(x, factor):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.factor * gradient, None
+
+
+def faulty(factor: float):
+    """A backend with right losses, and with the gradient of Eq. 5 in G's step times `factor`."""
+
+    def backend(graph, inputs):
+        found = [node for node in graph.graph.nodes if "logsigmoid" in str(node.target)]
+        found = found or [n for n in graph.graph.nodes if "log_sigmoid" in str(n.target)]
+        if len(found) == 1:  # d_step has two
+            with graph.graph.inserting_after(found[0]):
+                scaled = graph.graph.call_function(Scaled.apply, (found[0], factor))
+            found[0].replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+            graph.recompile()
+        return graph.forward
+
+    return backend
+
+
+def broken(graph, inputs):
+    raise RuntimeError("no compiler here\nand more")
+
+
+# What is right and what is wrong.
+
+
+@pytest.mark.parametrize("autocast", (OFF, BFLOAT16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("method", ("source", "tan", "clan"))
+def test_compilation_a_right_backend_passes(monkeypatch, method, autocast):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    wrong, worst = compare(
+        compilation.compile_steps(METHODS[method]), *small_case(method), autocast
+    )
+    assert not wrong and 0 < max(worst.values()) < 1e-4  # the up-sampling differs by its rounding
+    assert {"E", "C1", "C2", "seg", "G's loss"} <= worst.keys()
+    assert ("D" in worst) == (method != "source")
+
+
+@pytest.mark.parametrize("autocast", (OFF, BFLOAT16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize(("factor", "off"), ((0.0, 1.0), (1.1, 0.1), (-1.0, 2.0)))
+def test_compilation_a_wrong_adversarial_gradient_is_caught(monkeypatch, factor, off, autocast):
+    """At lambda_adv .001 it hides on the batch. With all labels ignored it stands alone."""
+    monkeypatch.setattr(compilation, "BACKEND", faulty(factor))
+    method, case = compilation.compile_steps(METHODS["tan"]), small_case("tan", lambda_adv=0.001)
+    wrong, worst = compare(method, *case, autocast)
+    assert any(line.startswith("E with every label ignored, in float32,") for line in wrong)
+    assert worst["E"] == pytest.approx(off, rel=0.01) and worst["D"] < 1e-4
+    assert worst["adv"] < 1e-5 and worst["G's loss"] < 1e-5, "the losses look right"
+
+
+def test_compilation_without_the_second_comparison_the_fault_would_hide(monkeypatch):
+    """On the whole gradient a tenth of the adversarial part is less than bfloat16's rounding."""
+    monkeypatch.setattr(compilation, "BACKEND", faulty(1.1))
+    method, case = compilation.compile_steps(METHODS["tan"]), small_case("tan", lambda_adv=0.001)
+    exact = evaluate(METHODS["tan"], *case, OFF)
+    rounded = compilation.differences(evaluate(METHODS["tan"], *case, BFLOAT16), exact)
+    found = compilation.differences(evaluate(method, *case, OFF), exact)
+    assert found["E"] < 2 * rounded["E"]
+
+
+def test_compilation_a_nan_is_wrong():
+    limits = {"E": 1e-3}
+    assert compilation.wrong_parts({"E": float("nan")}, limits, "here")
+    parts = {"E": [torch.tensor([float("nan")])]}
+    found = compilation.differences(parts, {"E": [torch.ones(1)]})
+    assert compilation.wrong_parts(found, limits, "here")
+    zero, one = {"E": [torch.zeros(2)]}, {"E": [torch.ones(2)]}
+    assert compilation.differences(zero, zero) == {"E": 0.0}
+    assert not compilation.differences(one, zero)["E"] <= 1e-3
+
+
+def test_compilation_bfloat16_may_be_twice_as_far_as_the_eager_step(monkeypatch):
+    """A backend that is exact in float32 and adds an error under autocast alone."""
+    case, method = small_case("tan"), METHODS["tan"]
+
+    def noisy(share):
+        def g_step(*arguments):
+            loss, terms, predictions = method.g_step(*arguments)
+            if torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling.eager:
+                loss = loss + share * (loss - loss.detach())  # scales its gradient alone
+            return loss, terms, predictions
+
+        return replace(method, g_step=g_step)
+
+    marked = torch.compiler.is_compiling
+    monkeypatch.setattr(torch.compiler, "is_compiling", marked)
+    monkeypatch.setattr(compilation, "eager", lambda: Marked(marked, True))
+    monkeypatch.setattr(compilation, "compiled", lambda: Marked(marked, False))
+    marked.eager = True
+    assert compare(noisy(0.002), *case, BFLOAT16)[0] == []
+    wrong, _ = compare(noisy(1.0), *case, BFLOAT16)
+    assert wrong and all("in bfloat16" in line for line in wrong)
+    del marked.eager
+
+
+class Marked:
+    """A context in which `place.eager` says which way is taken."""
+
+    def __init__(self, place, eager: bool):
+        self.place, self.eager = place, eager
+
+    def __enter__(self):
+        self.place.eager = self.eager
+
+    def __exit__(self, *error):
+        self.place.eager = True
+
+
+@pytest.mark.parametrize("method", ("source", "clan"))
+def test_compilation_an_evaluation_changes_nothing(method):
+    """Weights, gradients, BatchNorm's statistics and every random state."""
+    case = small_case(method)
+    G, D = case[:2]
+    before = {f"G.{k}": v.clone() for k, v in tensors_of(G).items()}
+    before |= {f"D.{k}": v.clone() for k, v in tensors_of(D).items()}
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    one, two = (evaluate(METHODS[method], *case, OFF) for _ in range(2))
+    after = {f"G.{k}": v for k, v in tensors_of(G).items()}
+    assert_equal(after | {f"D.{k}": v for k, v in tensors_of(D).items()}, before)
+    assert all(p.grad is None for p in (*G.parameters(), *D.parameters()))
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[2]
+    assert (np.random.get_state()[1] == states[1]).all()
+    for name, tensors in one.items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, two[name], strict=True)), name
+
+
+def test_compilation_a_failed_evaluation_puts_the_statistics_back():
+    G, D, *rest = small_case("tan")
+    before = {k: v.clone() for k, v in tensors_of(G).items()}
+
+    def fails(*arguments):
+        clan.g_step(*arguments)
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        evaluate(replace(METHODS["tan"], g_step=fails), G, D, *rest, OFF)
+    assert_equal(tensors_of(G), before)
+
+
+# Within a run.
+
+
+def compiled_run(out, *flags: str):
+    return run(out, "--compile", "on", *flags)
+
+
+def assert_same_run(a, b) -> None:
+    assert_equal(last_tensors(a), last_tensors(b))
+    assert metrics(a) == metrics(b)
+
+
+@pytest.mark.parametrize("amp", ("off", "bf16"))
+def test_compilation_a_run_is_as_if_no_check_had_been_made(few, tmp_path, monkeypatch, capsys, amp):
+    """The same bits with the check and without it, and in eager steps if the check fails."""
+    flags = ["--amp", amp, "--batchnorm", "batch"]
+    plain = run(tmp_path / "plain", *flags)
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    checked = compiled_run(tmp_path / "checked", *flags)
+    shown = capsys.readouterr().out
+    assert shown.count("compiled steps agree with eager ones") == 2, "one for each kind of step"
+    monkeypatch.setattr(compilation, "BACKEND", faulty(-1.0))
+    fallen_back = compiled_run(tmp_path / "fallen_back", *flags)
+    assert "Eq. 5, batch statistics, 32x64, 32x64: eager steps, not compiled ones: E with" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    monkeypatch.setattr(compilation, "BACKEND", broken)
+    failed = compiled_run(tmp_path / "failed", *flags)
+    assert "no compiler here" in capsys.readouterr().out
+
+    def trusts(self, kind, *step):
+        self.decide(kind, self.what)
+
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    monkeypatch.setattr(CompiledSteps, "check", trusts)
+    trusting = compiled_run(tmp_path / "trusting", *flags)
+    assert_same_run(checked, trusting)
+    assert_same_run(failed, plain)
+    source_steps = torch.load  # the first kind of step was right, so the first steps were compiled
+    del source_steps
+    log, wanted = metrics(fallen_back), metrics(plain)
+    assert [line["step"] for line in log] == [line["step"] for line in wanted]
+    for line, other in zip(log, wanted, strict=True):
+        assert line == pytest.approx(other, rel=1e-2)
+
+
+def test_compilation_a_resumed_run_goes_on_with_the_same_bits(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    whole = compiled_run(tmp_path / "whole")
+    parts = compiled_run(tmp_path / "parts", "--keep", "99", "--save-every", "1")
+    for path in parts.glob("step_*.safetensors"):
+        if int(path.stem.split("_")[1]) > 6:
+            path.unlink()
+    run(parts, "--resume", str(parts))
+    assert_same_run(parts, whole)
+
+
+@pytest.mark.parametrize(("first", "then"), (("on", "off"), ("off", "on")))
+def test_compilation_a_resumed_run_that_decides_differently_says_so(
+    few, tmp_path, monkeypatch, capsys, first, then
+):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    out = run(tmp_path, "--compile", first, "--keep", "99", "--save-every", "1")
+    for path in out.glob("step_*.safetensors"):
+        if int(path.stem.split("_")[1]) > 6:
+            path.unlink()
+    capsys.readouterr()
+    run(out, "--resume", str(out), "--compile", then)
+    shown = " ".join(capsys.readouterr().out.split())
+    words = {"on": "steps", "off": "eager"}
+    assert f"took {words[first]} steps before and takes {words[then]} ones now" in shown
+    assert shown.count("bits will differ") == 1
+
+
+def test_compilation_out_of_memory_in_the_check_means_eager_steps(
+    few, tmp_path, monkeypatch, capsys
+):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plain = run(tmp_path / "plain")
+    monkeypatch.setattr(compilation, "compare", full)
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    assert_same_run(compiled_run(tmp_path / "run"), plain)
+    assert "the comparison does not fit into memory" in capsys.readouterr().out
+
+
+def test_compilation_the_gain_is_reported_after_a_hundred_steps(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    monkeypatch.setattr(compilation, "FIRST", 3)
+    compiled_run(tmp_path)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("ms a step over the first 3, eager ones would take") == 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "steps", "what"),
+    (
+        ("auto", "cpu", 100_000, "eager"),
+        ("auto", "cuda", 100_000, "steps"),
+        ("auto", "cuda", 1350, "eager"),
+        ("on", "cpu", 10, "steps"),
+        ("blocks", "cpu", 10, "blocks"),
+        ("off", "cuda", 100_000, "eager"),
+    ),
+)
+def test_compilation_auto_is_for_long_runs_on_cuda(choice, device, steps, what):
+    assert what_to_compile(choice, torch.device(device), steps) == what
+
+
+def test_compilation_of_blocks_is_checked_too(few, tmp_path, monkeypatch, capsys):
+    """Losses and up-sampling stay eager, so with a right backend not a bit changes."""
+    plain = run(tmp_path / "plain")
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compilation, "BACKEND", counting)
+    blocks = run(tmp_path / "blocks", "--compile", "blocks")
+    assert "compiled blocks agree with eager ones" in capsys.readouterr().out and graphs
+    assert_same_run(blocks, plain)
+    error = run_error("--backbone", "vgg16", "--init", "none", "--compile", "blocks",
+                      "--src", "streets", "--tgt", "streets", "--device", "cpu",
+                      "--out", str(tmp_path / "vgg"))  # fmt: skip
+    assert "vgg16 has no residual blocks: drop --recompute and --compile blocks" in error
+
+
+def test_compilation_a_wrong_block_is_caught(few, tmp_path, monkeypatch, capsys):
+    plain = run(tmp_path / "plain")
+
+    def wrong(graph, inputs):
+        return lambda *arguments: [1.01 * x for x in graph.forward(*arguments)]
+
+    monkeypatch.setattr(compilation, "BACKEND", wrong)
+    assert_same_run(run(tmp_path / "run", "--compile", "blocks"), plain)
+    assert "eager steps, not compiled ones" in capsys.readouterr().out
+
+
+class WithDropout(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Dropout(0.5))
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    """A backbone that inductor compiles in seconds; its dropout must draw what eager draws."""
+    row = models.Backbone(lambda caffe: WithDropout(), models.dilated(8, (1, 2)), ("scratch",))
+    monkeypatch.setitem(models.BACKBONES, "two", row)
+    return ["--backbone", "two", "--method", "tan", "--steps", "4", "--adv-start", "0"]
+
+
+@pytest.mark.slow
+def test_compilation_inductor_is_used_with_up_sampling_by_products(
+    few, tmp_path, capsys, two_layers
+):
+    plain = run(tmp_path / "plain", *two_layers)
+    out = compiled_run(tmp_path / "compiled", *two_layers)
+    assert "compiled steps agree with eager ones" in capsys.readouterr().out
+    for name, tensor in last_tensors(plain).items():
+        torch.testing.assert_close(last_tensors(out)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compilation_inductor_is_not_used_with_interpolate(
+    few, tmp_path, monkeypatch, capsys, two_layers
+):
+    """It loses the gradient of Eq. 3 (torch 2.13). The run goes on, and is the eager one."""
+
+    def interpolate(x, size):
+        return F.interpolate(x.float(), size=tuple(size), mode="bilinear", align_corners=True)
+
+    monkeypatch.setattr(clan, "upsample", interpolate)
+    plain = run(tmp_path / "plain", *two_layers)
+    out = compiled_run(tmp_path / "compiled", *two_layers)
+    assert "eager steps, not compiled ones: E on the batch, in float32" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    assert_same_run(out, plain)
+
+
+SCRIPT = """
+import os, sys
+sys.path[:0] = [{here!r}, {tests!r}]
+import data, compilation, train
+import eval as evaluation
+from test_compilation import faulty
+for key, (first, _) in data.STREETS.items():
+    data.STREETS[key] = (first, 6)
+evaluation.draw = lambda *arguments, **options: evaluation.Figure()
+wrong = os.environ["RANK"] == {wrong!r}
+compilation.BACKEND = faulty(-1.0) if wrong else "eager"
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ("none", "1"))
+def test_compilation_processes_decide_alike(few, tmp_path, wrong):
+    """If the steps of one process are wrong, all take eager ones."""
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(here=str(HERE), tests=str(HERE / "tests"), wrong=wrong))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    flags = [*SMALL, "--method", "tan", "--batch", "1", "--batchnorm", "running"]
+    outs = {}
+    for choice in ("off", "on"):
+        outs[choice] = tmp_path / choice
+        line = [*launch, "2", str(script), *flags, "--compile", choice, "--out", str(outs[choice])]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    shown = " ".join(done.stdout.split())
+    decided = "eager steps, not compiled ones: another process found them wrong"
+    assert (decided in shown) == (wrong == "1") and "running statistics: compiled steps" in shown
+    for name, tensor in last_tensors(outs["off"]).items():
+        torch.testing.assert_close(last_tensors(outs["on"])[name], tensor, rtol=1e-3, atol=1e-5)
+    saved = json.loads((outs["on"] / "eval.json").read_text())
+    assert saved["settings"]["compile"] == "on"
