@@ -10,6 +10,7 @@ check changes nothing that a run depends on.
 """
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,6 @@ TOLERANCE = 1e-3  # largest difference in float32, relative to a loss or to a gr
 ROUNDING = 2.0**-8  # of one bfloat16 number: smaller differences under autocast are not judged
 WORTH = 2000  # steps of a run from which --compile auto compiles: a shorter one ends sooner without
 FIRST = 100  # steps after a check whose time is reported
-Way = Callable[[], AbstractContextManager[Any]]  # `eager` or `compiled`
 Parts = dict[str, list[Tensor]]  # the losses of a step by name, and the gradients of each part
 
 # What is compiled.
@@ -53,30 +53,36 @@ def compile_options() -> dict[str, Any]:
     return {"fullgraph": True, "backend": BACKEND, "options": options}
 
 
-def compile_steps(method: Method) -> Method:
-    """The method with g_step and d_step compiled."""
-    options = compile_options()
-    g_step = torch.compile(method.g_step, **options)
-    return replace(method, g_step=g_step, d_step=torch.compile(method.d_step, **options))
+class Switch:
+    """Compiled functions that run as they were written, except within `on()`."""
 
+    compiled = False
 
-def compile_blocks(G: Generator) -> None:
-    """Compile each residual block of E, in place. Losses and up-sampling stay eager.
+    def between(self, function: Callable, **options: Any) -> Callable:
+        """`function`, compiled within `on()`."""
+        fast = torch.compile(function, **compile_options(), **options)
+        return lambda *arguments: (fast if self.compiled else function)(*arguments)
 
-    Equal blocks share one small graph, so this compiles sooner than whole steps.
-    """
-    for block in residual_blocks(G):
-        block.compile(dynamic=False, **compile_options())
+    @contextlib.contextmanager
+    def on(self, wanted: bool = True) -> Iterator[None]:
+        before, self.compiled = self.compiled, wanted
+        try:
+            yield
+        finally:
+            self.compiled = before
 
+    def steps(self, method: Method) -> Method:
+        """The method with g_step and d_step behind this switch."""
+        g_step, d_step = self.between(method.g_step), self.between(method.d_step)
+        return replace(method, g_step=g_step, d_step=d_step)
 
-def eager() -> AbstractContextManager[Any]:
-    """In this context compiled functions and modules run as if they were not compiled."""
-    return torch.compiler.set_stance("force_eager")
+    def blocks(self, G: Generator) -> None:
+        """Puts each residual block of E behind this switch. Losses and up-sampling stay eager.
 
-
-def compiled() -> AbstractContextManager[Any]:
-    """In this context they run as they are."""
-    return contextlib.nullcontext()
+        Equal blocks share one small graph, so this compiles sooner than whole steps.
+        """
+        for block in residual_blocks(G):
+            block.forward = self.between(block.forward, dynamic=False)
 
 
 # One step, evaluated without taking it.
@@ -141,7 +147,8 @@ def differences(found: Parts, wanted: Parts) -> dict[str, float]:
     result = {}
     for name, tensors in wanted.items():
         error = norm([a - b for a, b in zip(found[name], tensors, strict=True)])
-        result[name] = error / norm(tensors) if error else 0.0 if norm(tensors) else error
+        size = norm(tensors)
+        result[name] = error / size if size else math.inf if error else 0.0
     return result
 
 
@@ -165,6 +172,7 @@ def wrong_parts(found: dict[str, float], limits: dict[str, float], where: str) -
 
 
 def compare(
+    switch: Switch,
     method: Method,
     G: Generator,
     D: Discriminator | None,
@@ -188,13 +196,13 @@ def compare(
     worst: dict[str, float] = {}
     for where, one in (("on the batch", batch), ("with every label ignored", ignored)):
 
-        def taken(way: Way, precision: torch.autocast, one: Batch = one) -> Parts:
-            with way():
+        def taken(compiled: bool, precision: torch.autocast, one: Batch = one) -> Parts:
+            with switch.on(compiled):
                 return evaluate(method, G, D, state, one, phase, hyper, precision)
 
         with devices.convolutions_in("ieee"):
-            exact = taken(eager, off)
-            found = differences(taken(compiled, off), exact)
+            exact = taken(False, off)
+            found = differences(taken(True, off), exact)
         wrong = wrong_parts(found, dict.fromkeys(found, TOLERANCE), f"{where}, in float32,")
         worst = {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
         if wrong:
@@ -202,8 +210,8 @@ def compare(
         if amp:
             exact = gradients_and_losses(exact)
             plain, found = (
-                differences(gradients_and_losses(taken(way, autocast)), exact)
-                for way in (eager, compiled)
+                differences(gradients_and_losses(taken(compiled, autocast)), exact)
+                for compiled in (False, True)
             )
             limits = {name: max(2 * error, ROUNDING) for name, error in plain.items()}
             wrong = wrong_parts(found, limits, f"{where}, in bfloat16,")
@@ -245,13 +253,13 @@ class CompiledSteps:
         say: Callable[..., None],
         before: dict[str, str] | None = None,
     ):
-        self.method, self.what, self.say = method, what, say
+        self.method, self.what, self.say, self.switch = method, what, say, Switch()
         self.before, self.decisions = before or {}, dict[str, str]()
         self.checked_at, self.taken, self.eager_costs = 0.0, FIRST, 0.0
         if what == "steps":
-            self.method = compile_steps(method)
+            self.method = self.switch.steps(method)
         if what == "blocks":
-            compile_blocks(G)
+            self.switch.blocks(G)
 
     def chosen(
         self,
@@ -267,21 +275,21 @@ class CompiledSteps:
         kind = kind_of(batch, phase)
         if self.what == "eager":
             self.decide(kind, "eager")
-            return compiled()
+            return contextlib.nullcontext()
         self.report(batch.labels.device)
         if devices.any_rank(kind not in self.decisions):
             self.check(kind, G, D, state, batch, phase, hyper, autocast)
-        return compiled() if self.decisions[kind] == self.what else eager()
+        return self.switch.on(self.decisions[kind] == self.what)
 
     def check(self, kind: str, *step: Any) -> None:
         """Compare compiled and eager step, decide, and say so. All processes decide alike."""
         began, worst = time.perf_counter(), dict[str, float]()
         try:
-            wrong, worst = compare(self.method, *step)
+            wrong, worst = compare(self.switch, self.method, *step)
         except torch.OutOfMemoryError:
             wrong = ["the comparison does not fit into memory"]
         except Exception as error:  # if the step itself is at fault, the eager one raises it again
-            wrong = [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
+            wrong = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
         if devices.any_rank(bool(wrong)):
             reason = "; ".join(wrong) or "another process found them wrong"
             self.say(f"{kind}: eager steps, not compiled ones: {reason}", soft_wrap=True)
@@ -294,7 +302,7 @@ class CompiledSteps:
             soft_wrap=True,
         )
         self.decide(kind, self.what)
-        self.eager_costs = self.cost(eager, *step) - self.cost(compiled, *step)
+        self.eager_costs = self.cost(False, *step) - self.cost(True, *step)
         self.checked_at, self.taken = time.perf_counter(), 0
 
     def decide(self, kind: str, decision: str) -> None:
@@ -307,12 +315,12 @@ class CompiledSteps:
             self.before = {}
         self.decisions[kind] = decision
 
-    def cost(self, way: Way, *step: Any) -> float:
+    def cost(self, compiled: bool, *step: Any) -> float:
         """Median seconds of the losses and gradients of a step."""
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            with way():
+            with self.switch.on(compiled):
                 parts = evaluate(self.method, *step)
             norm(parts["E"])  # waits for the device
             times.append(time.perf_counter() - start)

@@ -24,16 +24,23 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import clan
-import compilation
 import data
 import devices
 import eval as evaluation
 import streets
 import train
 from classes import LABEL_IDS, TO_TRAIN_IDS
+from compilation import Switch
 from devices import place
 from methods import METHODS
-from models import Discriminator, Generator, recompute_blocks, residual_blocks, set_batchnorm
+from models import (
+    Discriminator,
+    Generator,
+    merge_heads,
+    recompute_blocks,
+    residual_blocks,
+    set_batchnorm,
+)
 
 REPEATS = 24  # timed steps or images, at least
 PAPER_SIZES = (720, 1280, 512, 1024)  # H W of whole images of GTA5, and of the target
@@ -67,10 +74,11 @@ class Subject:
         self.G, self.D = networks(case, hyper, step)
         self.opt_g, self.opt_d = train.build_optimizers(self.G, self.D, hyper, not case.plain)
         self.method = METHODS[hyper.method]
+        self.switch = Switch()
         if case.compile == "steps":
-            self.method = compilation.compile_steps(self.method)
+            self.method = self.switch.steps(self.method)
         if case.compile == "blocks":
-            compilation.compile_blocks(self.G)
+            self.switch.blocks(self.G)
         self.batch = noise(case)
         if self.device.type == "cuda":
             self.batch = pinned(self.batch)
@@ -86,7 +94,7 @@ class Subject:
         phase = clan.phase_at(step, self.hyper, self.device)
         train.set_rates(self.opt_g, self.opt_d, step, self.hyper)
         train.set_mode(self.G, phase, self.hyper)
-        with as_in(self.case):
+        with as_in(self.case), self.switch.on():
             if self.case.plain:
                 return plain_step(self.G, self.D, self.opt_g, self.opt_d, batch, phase, self.hyper)
             parts = (self.method, self.G, self.D, self.opt_g, self.opt_d)
@@ -144,7 +152,8 @@ def plain_step(
 def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discriminator]:
     G = place(Generator(case.backbone, case.classes), case.device, case.plain)
     D = place(Discriminator(case.classes, hyper.d_channels), case.device, case.plain)
-    G.merge_heads = case.merge_heads
+    if case.merge_heads:
+        merge_heads(G)
     if case.recompute:
         recompute_blocks(G)
     statistics = clan.uses_batch_statistics(step, hyper)

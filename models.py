@@ -391,7 +391,7 @@ class Generator(nn.Module):
 
     mean: Tensor
     std: Tensor
-    merge_heads = False  # compute both heads at once: `both_heads`
+    heads_merged = False  # whether `both_heads` computes them: `merge_heads`
     if TYPE_CHECKING:  # nn.Module does not type its calls
 
         def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
@@ -433,7 +433,9 @@ class Generator(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """B 3 H W (see `features`) -> the logits of C1 and of C2, each B C h w."""
         x = self.features(images)
-        return both_heads(self.C1, self.C2, x) if self.merge_heads else (self.C1(x), self.C2(x))
+        if self.heads_merged:
+            return both_heads(self.C1, self.C2, x)
+        return self.C1(x), self.C2(x)
 
     def classifier_weights(self, biases: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Filters of C1 and C2 in one order, for Eq. 4; `biases` adds these (released code)."""
@@ -481,15 +483,20 @@ def set_batchnorm(module: nn.Module, *, train_affine: bool, batch_statistics: bo
 # The same networks, computed in another way for speed or memory.
 
 
+def merge_heads(G: Generator) -> None:
+    """Compute both heads with `both_heads`. Raises ValueError for heads that are not dilated."""
+    if not isinstance(G.C1, DilatedHead):
+        raise ValueError(f"--merge-heads is for dilated heads, which {G.backbone} has not: drop it")
+    G.heads_merged = True
+
+
 def both_heads(C1: nn.Module, C2: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of both heads from one convolution a dilation, equal but for rounding.
+    """The logits of two dilated heads from one convolution a dilation, equal but for rounding.
 
     Tensor cores want a multiple of 8 output channels, so zeros follow the filters of both heads.
-    Raises ValueError for heads that are not dilated.
     """
-    if not (isinstance(C1, DilatedHead) and isinstance(C2, DilatedHead)):
-        raise ValueError("--merge-heads merges dilated heads, which vgg16 has not: drop it")
-    pairs = cast(Iterable[tuple[nn.Conv2d, nn.Conv2d]], zip(C1.branches, C2.branches, strict=True))
+    branches = (cast(DilatedHead, head).branches for head in (C1, C2))
+    pairs = cast(Iterable[tuple[nn.Conv2d, nn.Conv2d]], zip(*branches, strict=True))
     logits = []
     for a, b in pairs:
         n, missing = a.out_channels, -2 * a.out_channels % 8  # C; 2 for 19 classes

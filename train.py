@@ -47,7 +47,7 @@ from checkpoints import (
 from clan import Batch, Hyper, Phase, Terms
 from compilation import CompiledSteps, what_to_compile
 from methods import METHODS, Method, State, uses_target
-from models import Discriminator, Generator, recompute_blocks, set_batchnorm
+from models import Discriminator, Generator, merge_heads, recompute_blocks, set_batchnorm
 from runlog import Log, Stop, Stopped, remedies
 from settings import (
     Settings,
@@ -202,7 +202,8 @@ def first_networks(
     D = Discriminator(num_classes, hyper.d_channels) if METHODS[hyper.method].has_d else None
     if settings.init != "none" and not resume:
         load_weights(G, settings.init, say=console.print)
-    G.merge_heads = settings.merge_heads
+    if settings.merge_heads:
+        merge_heads(G)
     if settings.recompute:
         recompute_blocks(G)
     return devices.place(G, device), D if D is None else devices.place(D, device)

@@ -3,16 +3,29 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import closeness, meta_generator, need, seeded
+from helpers import (
+    assert_equal,
+    closeness,
+    g_step_at,
+    meta_generator,
+    need,
+    run_error,
+    seeded,
+    some_labels,
+    tensors_of,
+)
 from torch import nn
 
 import data
+import measure
 import models
+from clan import PAPER, Batch
 from losses import weight_discrepancy
 from weights import imagenet_weights, load_weights
 
@@ -350,3 +363,91 @@ def test_models_lite0_sees_a_street_in_real_photographs(output_stride):
         best = (x @ top["_fc.weight"].T + top["_fc.bias"]).argmax(1).tolist()
     assert len(best) >= 8
     assert sum(i in STREET for i in best) >= 0.8 * len(best), best
+
+
+# The same networks, computed in another way.
+
+
+def gradients_of(G, D, batch) -> dict[str, torch.Tensor]:
+    loss, _, _ = g_step_at(G, D, batch, 60_000, PAPER)
+    trained = {name: p for name, p in G.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(trained.values()))
+    return dict(zip(trained, found, strict=True)) | {"loss": loss}
+
+
+def batch_of(size: tuple[int, int]) -> Batch:
+    images = torch.randn(2, 3, *size, generator=seeded(), dtype=torch.float64)
+    return Batch(images[:1], some_labels(1, 19, *size), images[1:], size)
+
+
+@pytest.mark.parametrize("batch_statistics", (True, False))
+@pytest.mark.parametrize("backbone", ("tiny", "lite0", "r101"))
+def test_models_recomputed_blocks_change_no_bit(backbone, batch_statistics):
+    """Loss, gradients, and BatchNorm's running statistics, in float64; less is kept."""
+    if backbone == "r101" and not batch_statistics:
+        pytest.skip("r101 is slow, and tiny and lite0 show it")
+    torch.manual_seed(0)
+    G = models.Generator(backbone).double()
+    D, batch = models.Discriminator(19, 4).double(), batch_of((32, 64))
+    models.set_batchnorm(G.train(), train_affine=True, batch_statistics=batch_statistics)
+    start, plain = {k: v.clone() for k, v in tensors_of(G).items()}, gradients_of(G, D, batch)
+    after = {k: v.clone() for k, v in tensors_of(G).items()}
+    G.load_state_dict(start)
+    models.recompute_blocks(G)
+    assert_equal(gradients_of(G, D, batch), plain)
+    assert_equal(tensors_of(G), after)
+    counted = [k for k in after if k.endswith("num_batches_tracked")]
+    assert not batch_statistics or all(after[k] == start[k] + 2 for k in counted)
+    case = measure.Case(backbone, (64, 128, 64, 128), 1)
+    kept, _ = measure.saved_bytes(case, PAPER, 1)
+    less, within = measure.saved_bytes(replace(case, recompute=True), PAPER, 1)
+    assert less + within < kept and within > 0
+
+
+def test_models_merged_heads_are_both_heads():
+    """Values and gradients to 1e-12 in float64, for 19 classes and for 20 (no filter missing)."""
+    for classes in (19, 20, 5):
+        torch.manual_seed(0)
+        G = models.Generator("tiny", classes).double()
+        models.set_batchnorm(G.train(), train_affine=True, batch_statistics=False)
+        D = models.Discriminator(classes, 4).double()
+        batch = batch_of((32, 64))
+        batch = batch._replace(labels=batch.labels.clamp(max=classes - 1))
+        plain = gradients_of(G, D, batch)
+        models.merge_heads(G)
+        for name, tensor in gradients_of(G, D, batch).items():
+            torch.testing.assert_close(tensor, plain[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_models_merged_heads_have_a_multiple_of_8_filters(monkeypatch):
+    """40 for 19 classes, in four convolutions and not in eight."""
+    G, conv2d, widths = models.Generator("tiny"), F.conv2d, []
+    models.merge_heads(G)
+
+    def counted(x, weight, *rest):
+        widths.append(len(weight))
+        return conv2d(x, weight, *rest)
+
+    monkeypatch.setattr(models.F, "conv2d", counted)
+    models.both_heads(G.C1, G.C2, torch.zeros(1, 64, 8, 16))
+    assert widths == [40] * 4
+
+
+def test_models_merged_heads_and_recomputed_blocks_are_refused_where_they_do_not_fit(tmp_path):
+    flags = [
+        "--backbone",
+        "vgg16",
+        "--init",
+        "none",
+        "--src",
+        "streets",
+        "--tgt",
+        "streets",
+        "--device",
+        "cpu",
+    ]
+    for flag, sentence in (
+        ("--merge-heads", "which vgg16 has not: drop it"),
+        ("--recompute", "vgg16 has no residual blocks: drop --recompute"),
+    ):
+        assert sentence in run_error(*flags, flag, "--out", str(tmp_path / flag.strip("-")))

@@ -1,5 +1,6 @@
 """Runs: same seed, same weights; stopped and resumed, the same weights; what a folder holds."""
 
+import io
 import json
 import math
 import os
@@ -41,6 +42,7 @@ from helpers import (
     write_png,
 )
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -54,7 +56,7 @@ import runlog
 import train
 from clan import PAPER, Batch, Hyper
 from classes import CLASSES, LABEL_IDS
-from settings import Settings, comments
+from settings import Settings, comments, configure
 from weights import load_generator, load_weights
 
 SOURCE = "--src-size 32 64 --tgt-size 32 64 --steps 8 --batch 2 --method source --device cpu"
@@ -656,3 +658,75 @@ def test_train_amp_auto_is_bfloat16_only_on_a_gpu_that_has_it(monkeypatch, amper
     assert devices.uses_bfloat16("auto", torch.device("cuda")) is expected and asked == [False]
     assert devices.uses_bfloat16("bf16", torch.device("cuda"))
     assert not devices.uses_bfloat16("auto", torch.device("cpu"))
+
+
+def test_train_set_mode_walks_only_if_something_changes(monkeypatch):
+    """After a score, and when the statistics change; each time G ends as `set_batchnorm` says."""
+    G, calls, set_batchnorm = models.Generator("tiny"), [], train.set_batchnorm
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        set_batchnorm(*arguments, **options)
+
+    monkeypatch.setattr(train, "set_batchnorm", counted)
+    hyper = Hyper(batchnorm="before", adv_start=1, steps=9)
+    first, later = (clan.phase_at(step, hyper) for step in (0, 1))
+    walks = []
+    for phase in (first, first, later, later, None, later):
+        if phase is None:
+            G.eval()
+            continue
+        train.set_mode(G, phase, hyper)
+        walks.append(len(calls))
+        norms = [m for m in G.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert G.training and all(m.training == phase.batch_statistics for m in norms)
+    assert walks == [0, 0, 1, 1, 2], "a new network is in training mode already"
+
+
+def test_train_on_cuda_a_resumed_run_is_not_promised_to_have_the_same_bits(finished, tmp_path):
+    path = checkpoints.newest_checkpoint(finished)
+    _, hyper = configure({"d_channels": 4})
+    parts = (models.Generator("tiny"), models.Discriminator(19, 4))
+    parts += (*train.build_optimizers(*parts, hyper), {})
+    for device, promised in (("cpu", True), ("cuda", False)):
+        console = Console(file=io.StringIO())
+        decisions = train.restore(path, torch.device(device), console, *parts)
+        assert ("not promised" in console.file.getvalue()) != promised
+        assert set(decisions.values()) == {"eager"}
+
+
+@pytest.mark.parametrize("choice", ("auto", "fastest", "deterministic"))
+def test_train_cudnn_chooses_for_the_whole_run(few, tmp_path, monkeypatch, choice):
+    seen, one_step, cudnn = [], train.one_step, torch.backends.cudnn
+
+    def watched(*arguments):
+        seen.append((cudnn.benchmark, cudnn.deterministic))
+        return one_step(*arguments)
+
+    monkeypatch.setattr(train, "one_step", watched)
+    run(tmp_path, "--cudnn", choice, "--steps", "2", "--adv-start", "1")
+    assert seen == [(choice == "fastest", choice == "deterministic")] * 2
+    devices.choose_algorithms("auto")
+    assert not cudnn.benchmark and not cudnn.deterministic
+
+
+def test_train_recomputed_blocks_change_no_bit_of_a_run_and_merged_heads_only_its_rounding(
+    few, tmp_path
+):
+    plain, merged = run(tmp_path / "plain"), run(tmp_path / "merged", "--merge-heads")
+    recomputed = run(tmp_path / "recomputed", "--recompute")
+    assert_equal(last_tensors(recomputed), last_tensors(plain))
+    assert metrics(recomputed) == metrics(plain)
+    for name, tensor in last_tensors(plain).items():
+        torch.testing.assert_close(last_tensors(merged)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_train_counts_the_cores_that_it_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert devices.count_workers(-1, drawn=False) == 3
+    assert devices.count_workers(-1, drawn=True) == 0 and devices.count_workers(5, drawn=True) == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert devices.count_workers(-1, drawn=False) == 1
+    with pytest.raises(ValueError, match="--workers -2"):
+        devices.count_workers(-2, drawn=False)

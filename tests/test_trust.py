@@ -208,6 +208,17 @@ def test_train_a_log_waits_for_no_scalar_and_loses_none(tmp_path):
         log.read(wait=True)
 
 
+def test_train_a_log_lets_the_host_run_ahead_only_a_few_steps(tmp_path):
+    """Without an end to it, pinned batches pile up, and a NaN is seen hundreds of steps late."""
+    log = runlog.Log(tmp_path / "metrics.jsonl", 0, Hyper(steps=99), 1, Console(file=io.StringIO()))
+    events = [Later() for _ in range(runlog.AHEAD + 3)]
+    for step, event in enumerate(events, 1):
+        log.pending.append((step, ["seg"], torch.tensor([1.0]), event))
+        log.read()
+    assert [event.there for event in events] == [True] * 3 + [False] * runlog.AHEAD
+    assert len(log.pending) == runlog.AHEAD and len(metrics(tmp_path)) == 3
+
+
 @pytest.mark.parametrize("term", ("adv", "d", "d_grad"))
 def test_train_a_nan_of_the_adversarial_part_is_named_too(few, tmp_path, monkeypatch, term):
     if term == "d_grad":
