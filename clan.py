@@ -121,16 +121,6 @@ def progress(step: int, hyper: Hyper) -> float:
     return max(step - hyper.adv_start, 0) / max(hyper.steps - hyper.adv_start, 1)
 
 
-def is_adversarial(step: int, hyper: Hyper) -> bool:
-    """Whether this step uses the target and D."""
-    return hyper.method != "source" and step >= hyper.adv_start
-
-
-def is_adaptive(step: int, hyper: Hyper) -> bool:
-    """Whether the adversarial loss of this step is Eq. 5; else it is Eq. 2."""
-    return hyper.method == "clan" and progress(step, hyper) >= hyper.adaptive_start
-
-
 def uses_batch_statistics(step: int, hyper: Hyper) -> bool:
     """Whether BatchNorm normalises with the statistics of the batch in this step.
 
@@ -147,8 +137,8 @@ def uses_batch_statistics(step: int, hyper: Hyper) -> bool:
 class Phase(NamedTuple):
     """What changes with the step's number. A compiled step is one graph for each pair of flags."""
 
-    adversarial: bool  # uses the target and D
-    adaptive: bool  # Eq. 5, else Eq. 2
+    adversarial: bool  # from adv_start on: all methods but `source` use the target
+    adaptive: bool  # CLAN's adversarial loss is Eq. 5, else Eq. 2
     batch_statistics: bool  # BatchNorm normalises by the batch
     strength: Tensor  # 0-dim float64: the factor of Eq. 4 and 5 in G's loss, 1 without damping
 
@@ -157,8 +147,8 @@ def phase_at(step: int, hyper: Hyper, device: torch.device | str = "cpu") -> Pha
     """The phase of this step, counted from 0, for networks on `device`."""
     strength = 1 - progress(step, hyper) if hyper.damping else 1.0
     return Phase(
-        is_adversarial(step, hyper),
-        is_adaptive(step, hyper),
+        step >= hyper.adv_start,
+        progress(step, hyper) >= hyper.adaptive_start,
         uses_batch_statistics(step, hyper),
         torch.full((), strength, dtype=torch.float64, device=device),
     )
@@ -276,7 +266,7 @@ def g_step(
         l_weight = l_weight + hyper.cos_offset
         loss = loss + (hyper.lambda_weight * phase.strength).to(loss.dtype) * l_weight
         terms["cos"] = l_weight.detach()
-    if not phase.adversarial:
+    if hyper.method == "source" or not phase.adversarial:
         return loss, terms, None
 
     if batch.target is None or batch.target_size is None:

@@ -223,14 +223,16 @@ def compare(
 # The steps of a run.
 
 
-def kind_of(batch: Batch, phase: Phase) -> str:
-    """What a compiled graph depends on, in words: the flags of the phase and the sizes.
+def kind_of(batch: Batch, phase: Phase, hyper: Hyper) -> str:
+    """What a compiled graph depends on, in words: the flags of the phase, and the sizes.
 
     Several processes draw random scales each for itself but must check at the same step. There the
     flags alone count.
     """
-    loss = ("Eq. 5" if phase.adaptive else "Eq. 2") if phase.adversarial else "source only"
-    kind = f"{loss}, {'batch' if phase.batch_statistics else 'running'} statistics"
+    part = "source alone" if batch.target is None else "adversarial"
+    if hyper.method == "clan" and batch.target is not None:
+        part = "Eq. 5" if phase.adaptive else "Eq. 2"
+    kind = f"{part}, {'batch' if phase.batch_statistics else 'running'} statistics"
     if devices.ranks()[1] > 1:
         return kind
     images = [x for x in (batch.source, batch.target) if x is not None]
@@ -272,7 +274,7 @@ class CompiledSteps:
         autocast: torch.autocast,
     ) -> AbstractContextManager[Any]:
         """The context to take this step in. Checks first, if it is the first of its kind."""
-        kind = kind_of(batch, phase)
+        kind = kind_of(batch, phase, hyper)
         if self.what == "eager":
             self.decide(kind, "eager")
             return contextlib.nullcontext()

@@ -206,7 +206,7 @@ def count_flops(case: Case, hyper: clan.Hyper, step: int) -> dict[str, int]:
         if predictions is not None:
             clan.d_step(D, predictions)[0].backward()
     total = counter.get_total_flops()
-    if not phase.adversarial:
+    if predictions is None:
         parts["G, target"] = 0
     parts["D"] = total - sum(parts.values())
     return parts | {"step": total}

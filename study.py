@@ -256,7 +256,7 @@ def mean_weight(flags: Flags) -> float | None:
         return 1.0
     weights = [
         hyper.lambda_local * line["m"] + hyper.eps
-        if clan.is_adaptive(line["step"] - 1, hyper)
+        if clan.phase_at(line["step"] - 1, hyper).adaptive
         else 1.0
         for line in lines
     ]

@@ -826,17 +826,18 @@ def test_clan_before_adv_start_neither_d_nor_the_target_is_needed(recipe, method
     loss, terms, predictions = g_step_at(G, None, batch, 9, hyper)
     assert predictions is None and loss.isfinite()
     assert set(terms) == ({"seg", "cos"} if method == "clan" else {"seg"})
-    assert clan.is_adversarial(10, hyper) == (method != "source")
-    assert not clan.is_adversarial(9, hyper)
+    assert [clan.phase_at(step, hyper).adversarial for step in (9, 10)] == [False, True]
 
 
 def test_clan_schedules_count_from_adv_start():
     """Damping and the plain-BCE share start with the adversarial steps, not with the run."""
     hyper = replace(RELEASED, steps=300, adv_start=100)
     assert [clan.progress(s, hyper) for s in (0, 100, 200, 300)] == [0, 0, 0.5, 1]
-    assert [clan.is_adaptive(s, hyper) for s in (109, 110, 299)] == [False, True, True]
-    assert not clan.is_adaptive(200, replace(hyper, method="tan"))
+    assert [clan.phase_at(s, hyper).adaptive for s in (109, 110, 299)] == [False, True, True]
     (G, D), batch = small_networks(), small_batch()
+    for method in ("source", "tan"):  # Eq. 5 is CLAN's alone
+        _, _, predictions = g_step_at(G, D, batch, 200, replace(hyper, method=method))
+        assert predictions is None if method == "source" else predictions.weight is None
     undamped, terms, _ = g_step_at(G, D, batch, 100, hyper)
     expected = terms["seg"] + 0.02 * terms["cos"] + 0.001 * terms["adv"]
     torch.testing.assert_close(undamped.detach(), expected)

@@ -293,15 +293,15 @@ def nonsense() -> list[tuple]:
             "--src nowhere|--tgt gta5|--backbone r50|--method dann|--recipe mine|--seed -1|"
             "--steps 0|--steps -5|--batch 0|--adv-start 9999|--adv-start -1|--log-every 0|"
             "--save-every 0|--keep 0|--eval-every -1|--workers -2|--device tpu|--device cuda:99|"
-            "--amp fp16|--compile yes|--lineage nobody|--init imagenet|--init nowhere.pth|"
-            "--lamda 3|--scales 1 2|--scale-probs 1 1|--scales 0|--scales -1|--src-size 64|"
+            "--amp fp16|--compile yes|--cudnn slow|--lineage nobody|--init imagenet|"
+            "--init nowhere.pth|--lamda 3|--scales 1 2|--scale-probs 1 1|--scales 0|--scales -1|--src-size 64|"
             "--src-size 1 2 3|"
             "--tgt-size 0 0|--tgt-size 8 8|--src-dir x|--tgt-dir x|--shift 2 2|--shift -1 0|"
             "--method source --lambda-adv 1|--method tan --eps 1|--src gta5 --data nowhere|"
             "--src synthia --data nowhere|--src folder|--src folder --src-dir nowhere|"
             "--src gta5 --tgt streets --shift 0 0 --data nowhere|--resume nowhere|extra|"
             "--out /dev/null/run|--momentum 1|--mirror 2|--jitter 2|--warmup 2|--adaptive-start 2|"
-            "--beta1-d 1|--d-channels 0|--compile on --device cpu|--method tan --detach-m|--help-me"
+            "--beta1-d 1|--d-channels 0|--method tan --detach-m|--help-me"
         ),
         evaluation.main: (
             "nowhere|--src|nowhere --split|predict|predict nowhere|. --src mars --tgt streets|"

@@ -33,6 +33,10 @@ from methods import METHODS
 
 OFF = torch.autocast("cpu", enabled=False)
 BFLOAT16 = torch.autocast("cpu", torch.bfloat16)
+BOTH_PRECISIONS = pytest.mark.parametrize(
+    "autocast",
+    (pytest.param(OFF, id="float32"), pytest.param(BFLOAT16, id="bf16", marks=pytest.mark.slow)),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +102,7 @@ def broken(graph, inputs):
 # What is right and what is wrong.
 
 
-@pytest.mark.parametrize("autocast", (OFF, BFLOAT16), ids=("float32", "bfloat16"))
+@BOTH_PRECISIONS
 @pytest.mark.parametrize("method", ("source", "tan", "clan"))
 def test_compilation_a_right_backend_passes(monkeypatch, method, autocast):
     monkeypatch.setattr(compilation, "BACKEND", "eager")
@@ -109,7 +113,7 @@ def test_compilation_a_right_backend_passes(monkeypatch, method, autocast):
     assert ("D" in worst) == (method != "source")
 
 
-@pytest.mark.parametrize("autocast", (OFF, BFLOAT16), ids=("float32", "bfloat16"))
+@BOTH_PRECISIONS
 @pytest.mark.parametrize(("factor", "off"), ((0.0, 1.0), (1.1, 0.1), (-1.0, 2.0)))
 def test_compilation_a_wrong_adversarial_gradient_is_caught(monkeypatch, factor, off, autocast):
     """At lambda_adv .001 it hides on the batch. With all labels ignored it stands alone."""
@@ -201,6 +205,7 @@ def assert_same_run(a, b) -> None:
     assert metrics(a) == metrics(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ("off", "bf16"))
 def test_compilation_a_run_is_as_if_no_check_had_been_made(few, tmp_path, monkeypatch, capsys, amp):
     """The same bits with the check and without it, and in eager steps if the check fails."""
@@ -233,6 +238,7 @@ def test_compilation_a_run_is_as_if_no_check_had_been_made(few, tmp_path, monkey
         assert line == pytest.approx(other, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_compilation_a_resumed_run_goes_on_with_the_same_bits(few, tmp_path, monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "eager")
     whole = compiled_run(tmp_path / "whole")
@@ -244,7 +250,9 @@ def test_compilation_a_resumed_run_goes_on_with_the_same_bits(few, tmp_path, mon
     assert_same_run(parts, whole)
 
 
-@pytest.mark.parametrize(("first", "then"), (("on", "off"), ("off", "on")))
+@pytest.mark.parametrize(
+    ("first", "then"), (("on", "off"), pytest.param("off", "on", marks=pytest.mark.slow))
+)
 def test_compilation_a_resumed_run_that_decides_differently_says_so(
     few, tmp_path, monkeypatch, capsys, first, then
 ):
@@ -297,6 +305,7 @@ def test_compilation_auto_is_for_long_runs_on_cuda(choice, device, steps, what):
     assert what_to_compile(choice, torch.device(device), steps) == what
 
 
+@pytest.mark.slow
 def test_compilation_of_blocks_is_checked_too(few, tmp_path, monkeypatch, capsys):
     """Losses and up-sampling stay eager, so with a right backend not a bit changes."""
     plain = run(tmp_path / "plain")
@@ -316,6 +325,7 @@ def test_compilation_of_blocks_is_checked_too(few, tmp_path, monkeypatch, capsys
     assert "vgg16 has no residual blocks: drop --recompute and --compile blocks" in error
 
 
+@pytest.mark.slow
 def test_compilation_a_wrong_block_is_caught(few, tmp_path, monkeypatch, capsys):
     plain = run(tmp_path / "plain")
 

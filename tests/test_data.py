@@ -21,7 +21,6 @@ from helpers import (
 from PIL import Image
 
 import data
-from bench import write_png16
 from clan import RELEASED, Batch, Hyper
 from classes import (
     CLASSES,
@@ -31,6 +30,7 @@ from classes import (
     TO_TRAIN_IDS,
     UNKNOWN,
 )
+from measure import write_png16
 
 
 def test_data_cityscapes_tables_are_the_official_ones():

@@ -643,7 +643,7 @@ def test_train_out_of_memory_ends_with_a_sentence_that_names_the_flags(few, tmp_
 
     monkeypatch.setattr(train, "one_step", full)
     error = run_error(*SMALL, "--out", str(tmp_path))
-    assert "Tried to allocate 2 GiB. Give --amp bf16" in error and "\n" not in error
+    assert "Tried to allocate 2 GiB. Give --recompute" in error and "\n" not in error
 
 
 @pytest.mark.parametrize(("ampere", "expected"), ((True, True), (False, False)))
