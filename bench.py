@@ -5,6 +5,7 @@
     python bench.py loader                                # decoding of GTA5, SYNTHIA, Cityscapes
     python bench.py eval                                  # scoring of Cityscapes-sized predictions
     python bench.py growth                                # time and memory by size, batch, classes
+    python bench.py gpu --minutes 9                       # all that only a GPU can answer
 
 Plain computes the same losses the way the released code does: eager float32, contiguous memory, one
 image of each domain a step, plain optimizers, every loss read with .item() at once. Ours is
@@ -33,6 +34,7 @@ import clan
 import data
 import eval as evaluation
 from devices import find_device, machine
+from gpu import PARTS, bench_gpu
 from measure import (
     FILES,
     PAPER_SIZES,
@@ -239,6 +241,7 @@ def growth_figure(result: dict) -> Figure:
 
 
 COMMANDS = {"step": bench_step, "loader": bench_loader, "eval": bench_eval, "growth": bench_growth}
+COMMANDS |= {"gpu": bench_gpu}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -258,6 +261,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--frames", type=Path, help="photographs for loader, instead of drawings")
     top.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="of loader")
     top.add_argument("--to", type=Path, default=Path("runs/bench"), help="folder of the plot")
+    top.add_argument("--minutes", type=float, default=9.0, help="that gpu may take in all")
+    top.add_argument("--parts", nargs="+", choices=PARTS, help="of gpu [all]")
+    top.add_argument("--dry", action="store_true", help="gpu at toy sizes on the CPU")
+    top.add_argument("--part", choices=PARTS, help="of gpu: one part in this process, row by row")
     top.add_argument("--json", action="store_true", help="end with one line of JSON")
     return top
 
@@ -273,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
             args.sizes or ((64, 128) * 2 if args.backbone in OF_BACKBONE else PAPER_SIZES)
         )
         args.count = args.count or (500 if args.what == "eval" else 8)
+        if args.what == "gpu":
+            args.device = "cpu" if args.dry else "cuda"
         where = machine(find_device(args.device))
         console.print(f"{where}; torch {torch.__version__}", highlight=False)
         result = COMMANDS[args.what](args, console)

@@ -144,16 +144,20 @@ def keep_freed_memory() -> None:
 # The processes of torchrun.
 
 
+def in_group() -> bool:
+    """Whether this process has joined a group. A group of torchrun can have one process."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def ranks() -> tuple[int, int]:
     """(number of this process, how many there are) in the group; (0, 1) without a group."""
     group = torch.distributed
-    met = group.is_available() and group.is_initialized()
-    return (group.get_rank(), group.get_world_size()) if met else (0, 1)
+    return (group.get_rank(), group.get_world_size()) if in_group() else (0, 1)
 
 
 def join_processes(device: torch.device) -> None:
     """Under torchrun, join the group. Each process has its own GPU, or all share the CPU."""
-    if launch().world == 1:
+    if launch().local_rank is None:
         return
     # nccl for the GPU, and gloo for the CPU: `any_rank` must not make the GPU wait
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -165,7 +169,7 @@ def join_processes(device: torch.device) -> None:
 
 def leave_processes() -> None:
     """Wait for all processes, then leave the group; exiting without this can abort."""
-    if ranks()[1] > 1:
+    if in_group():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
@@ -207,7 +211,7 @@ def data_parallel(method: Method, G: nn.Module, D: nn.Module | None) -> Method:
     over its own labelled pixels. So all processes count alike, however many pixels are labelled.
     Call it after `set_batchnorm`, which sets requires_grad: DDP collects the parameters here.
     """
-    if ranks()[1] == 1:
+    if not in_group():
         return method
     wrap = torch.nn.parallel.DistributedDataParallel
     return replace(

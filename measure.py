@@ -386,7 +386,9 @@ def write_png16(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-def make_files(name: str, root: Path, frames: Path | None, count: int) -> Path:
+def make_files(
+    name: str, root: Path, frames: Path | None, count: int, split: str = "train"
+) -> Path:
     """The folder of a data set with `count` pairs: photographs of `frames`, or drawn with noise."""
     found = sorted(p for p in frames.rglob("*") if p.suffix in data.SUFFIXES) if frames else []
     if frames and not found:
@@ -413,8 +415,8 @@ def make_files(name: str, root: Path, frames: Path | None, count: int) -> Path:
             write_png16(path, np.stack(channels, axis=2))
         else:
             stem = f"aachen/aachen_{i:06d}_000019"
-            save_png(root / "leftImg8bit" / "train" / f"{stem}_leftImg8bit.png", image)
-            save_png(root / "gtFine" / "train" / f"{stem}_gtFine_labelIds.png", ids)
+            save_png(root / "leftImg8bit" / split / f"{stem}_leftImg8bit.png", image)
+            save_png(root / "gtFine" / split / f"{stem}_gtFine_labelIds.png", ids)
     return root
 
 

@@ -1,12 +1,17 @@
 """The benchmark: what it counts, measures and prints."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from helpers import HERE
 from PIL import Image
 
 import bench
+import gpu
 import measure
 from settings import configure
 
@@ -51,6 +56,77 @@ def test_bench_ends_with_one_line_of_json(monkeypatch, capsys, argv, keys):
     assert keys <= result.keys()
     if "ratio" in keys:
         assert result["ratio"] == pytest.approx(result["plain_s"] / result["ours_s"])
+
+
+@pytest.mark.slow
+def test_bench_gpu_runs_every_part_dry(tmp_path):
+    """Each part has rows, a section in gpu.md, and no note of a failure."""
+    command = [sys.executable, str(HERE / "bench.py"), "gpu", "--dry", "--to", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result["parts"].keys() == gpu.PARTS.keys()
+    text = (tmp_path / "gpu.md").read_text()
+    for name, part in result["parts"].items():
+        title = gpu.PARTS[name][0].__doc__.splitlines()[0]
+        assert part["rows"] and "note" not in part and f"### {title}" in text, name
+    rows = {name: part["rows"] for name, part in result["parts"].items()}
+    assert rows["precision"][0]["E"] == 0, "the CPU against itself"
+    assert rows["compiled"][0]["result"] == "agrees"
+    assert all(row["same bits"] for row in rows["repeated"] if "same bits" in row)
+    assert rows["torchrun"][0]["mIoU"] == rows["torchrun"][0]["mIoU without torchrun"]
+
+
+def made_up_parts(tmp_path) -> dict:
+    """gpu.json of a dry run whose parts are made up."""
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(HERE)!r})
+import gpu
+def good(scale):
+    "Good."
+    yield {{"what": "a", "value": 1.5}}
+    yield {{"what": "b", "other": True}}
+def fails(scale):
+    "Fails."
+    yield {{"what": "before", "value": 1}}
+    raise RuntimeError("it broke")
+def hangs(scale):
+    "Hangs."
+    yield {{"what": "known", "value": 2}}
+    time.sleep(600)
+gpu.PARTS = {{"fails": (fails, 60), "hangs": (hangs, 10), "good": (good, 60)}}
+gpu.BENCH = __file__
+import bench
+bench.PARTS = gpu.PARTS
+bench.main(sys.argv[1:])
+"""
+    path = tmp_path / "parts.py"
+    path.write_text(script)
+    command = [sys.executable, str(path), "gpu", "--dry", "--to", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return json.loads((tmp_path / "gpu.json").read_text()) | {"shown": done.stderr}
+
+
+@pytest.mark.slow
+def test_bench_gpu_a_part_that_fails_or_hangs_ends_alone_and_keeps_its_rows(tmp_path):
+    result = made_up_parts(tmp_path)
+    parts = result["parts"]
+    assert [row["what"] for row in parts["fails"]["rows"]] == ["before"]
+    assert "it broke" in parts["fails"]["note"]
+    assert [row["what"] for row in parts["hangs"]["rows"]] == ["known"]
+    assert parts["hangs"]["note"] == "stopped after 10 s"
+    assert len(parts["good"]["rows"]) == 2 and "note" not in parts["good"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| a | 1.5 |  |" in text and "| b |  | yes |" in text and "it broke" in text
+    assert "not complete: fails, hangs" in result["shown"]
+
+
+def test_bench_gpu_without_a_gpu_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["gpu"])
+    assert "cuda is not available" in str(caught.value.code)
 
 
 @pytest.mark.slow
