@@ -49,10 +49,10 @@ class Settings:
     out: Path | None = None  # run folder; default: runs/SRC-TGT-BACKBONE-METHOD-seedN
     device: str = "auto"  # cpu, cuda, cuda:1; auto: the GPU if there is one
     amp: Literal["auto", "off", "bf16"] = "auto"  # bfloat16 where it is safe; auto: on CUDA
-    compile: Compile = "auto"  # the steps, or only E's blocks, if right; auto: long runs on CUDA
-    cudnn: Cudnn = "auto"  # its choice of algorithms: by rule, the fastest tried, or deterministic
+    compile: Compile = "auto"  # steps or E's blocks, once checked; auto: on CUDA from 2000 steps on
+    cudnn: Cudnn = "auto"  # how it chooses algorithms; fastest: by trial, which may change bits
     merge_heads: bool = False  # one convolution a dilation for both heads; for CUDA, not measured
-    recompute: bool = False  # compute blocks again in the backward pass: 3.5 GB of r101, not 7.9
+    recompute: bool = False  # compute E's blocks again in the backward pass: less memory, slower
     workers: int = -1  # processes that read images; -1: one a core, at most 8; none for streets
     log_every: int = 50  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between scores on the target's val split; 0: only at the end
