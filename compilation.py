@@ -58,7 +58,7 @@ class Switch:
 
     compiled = False
 
-    def between(self, function: Callable, **options: Any) -> Callable:
+    def compile(self, function: Callable, **options: Any) -> Callable:
         """`function`, compiled within `on()`."""
         fast = torch.compile(function, **compile_options(), **options)
         return lambda *arguments: (fast if self.compiled else function)(*arguments)
@@ -73,7 +73,7 @@ class Switch:
 
     def steps(self, method: Method) -> Method:
         """The method with g_step and d_step behind this switch."""
-        g_step, d_step = self.between(method.g_step), self.between(method.d_step)
+        g_step, d_step = self.compile(method.g_step), self.compile(method.d_step)
         return replace(method, g_step=g_step, d_step=d_step)
 
     def blocks(self, G: Generator) -> None:
@@ -82,7 +82,7 @@ class Switch:
         Equal blocks share one small graph, so this compiles sooner than whole steps.
         """
         for block in residual_blocks(G):
-            block.forward = self.between(block.forward, dynamic=False)
+            block.forward = self.compile(block.forward, dynamic=False)
 
 
 # One step, evaluated without taking it.
@@ -257,7 +257,9 @@ class CompiledSteps:
     ):
         self.method, self.what, self.say, self.switch = method, what, say, Switch()
         self.before, self.decisions = before or {}, dict[str, str]()
-        self.checked_at, self.taken, self.eager_costs = 0.0, FIRST, 0.0
+        self.taken = FIRST  # steps since the last check; at FIRST there is nothing to report
+        self.checked_at = 0.0  # when they began
+        self.eager_costs = 0.0  # seconds that an eager step takes more
         if what == "steps":
             self.method = self.switch.steps(method)
         if what == "blocks":
@@ -296,6 +298,7 @@ class CompiledSteps:
             reason = "; ".join(wrong) or "another process found them wrong"
             self.say(f"{kind}: eager steps, not compiled ones: {reason}", soft_wrap=True)
             self.decide(kind, "eager")
+            self.taken = FIRST
             return
         name = max(worst, key=lambda part: worst[part])
         self.say(

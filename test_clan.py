@@ -983,15 +983,18 @@ def test_clan_source_needs_no_adversarial_step():
 
 @pytest.mark.parametrize("recipe", ("paper", "released"))
 def test_clan_steps_compile_into_one_graph_whatever_the_step(recipe):
-    """No graph break, and eagerly run graphs give the plain gradients at every step."""
+    """No graph break, the plain gradients at every step, and a new graph only for Eq. 5."""
+    torch._dynamo.reset()
     G, D = models.Generator("tiny"), models.Discriminator(19, 4)
     models.set_batchnorm(G, train_affine=True, batch_statistics=False)
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=seeded())
     batch = Batch(images[:1], some_labels(1, 19, 64, 96), images[1:], (64, 96))
+    counters = CompileCounter(), CompileCounter()
     g_step, d_step = (
-        torch.compile(f, fullgraph=True, backend="eager") for f in (clan.g_step, clan.d_step)
+        torch.compile(f, fullgraph=True, backend=counter)
+        for f, counter in zip((clan.g_step, clan.d_step), counters, strict=True)
     )
-    for step in (0, 1, 60_000):
+    for step in (0, 1, 2, 60_000, 60_001):
         plain = g_step_at(G, D, batch, step, clan.RECIPES[recipe])
         phase = clan.phase_at(step, clan.RECIPES[recipe])
         graph = g_step(G, D, batch, phase, clan.RECIPES[recipe])
@@ -999,6 +1002,8 @@ def test_clan_steps_compile_into_one_graph_whatever_the_step(recipe):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
         one, other = d_step(D, graph[2])[0].item(), clan.d_step(D, plain[2])[0].item()
         assert one == pytest.approx(other, rel=1e-5)
+    expected = 2 if recipe == "released" else 1  # it begins with Eq. 2
+    assert [counter.frame_count for counter in counters] == [expected] * 2
 
 
 LOST = "inductor of torch 2.13 loses the segmentation gradient with F.interpolate"
