@@ -114,7 +114,7 @@ def bench_step(args, console: Console) -> dict:
                 result |= {"share_of_ceiling": share, "peak_bytes": peak, "gflop": flops}
                 result |= {"step_s": median, "spread_s": (low, high)}
         console.print(table)
-        if args.compile != "eager":
+        if args.compile != "off":
             console.print(f"the first steps, compilation included: {compiling:.0f} s")
     products = ", ".join(f"{name} {v / 1e12:.2f}" for name, v in best.items())
     console.print(f"ceiling, one large matrix product in TFLOP/s: {products}")
@@ -252,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--sizes", type=int, nargs=4, help="H W of the source, H W of the target")
     top.add_argument("--batch", type=int, help="images of each domain [the backbone's]")
     top.add_argument("--amp", action="store_true", help="ours in bfloat16")
-    top.add_argument("--compile", choices=("eager", "steps", "blocks"), default="eager")
+    top.add_argument("--compile", choices=("off", "on", "blocks"), default="off")
     top.add_argument("--merge-heads", action="store_true", help="ours with merged heads")
     top.add_argument("--recompute", action="store_true", help="ours with blocks computed again")
     top.add_argument("--threads", type=int, help="of the CPU [torch's choice]")
@@ -291,7 +291,8 @@ def main(argv: list[str] | None = None) -> None:
         first = str(error).splitlines()[0]
         sys.exit(f"error: {first} Give smaller --sizes, a smaller --batch, or --amp.")
     except KeyboardInterrupt:
-        sys.exit("stopped: nothing was measured")
+        kept = f"see {args.to}/gpu.md" if args.what == "gpu" else "nothing was measured"
+        sys.exit(f"stopped: {kept}")
     if args.json:
         print(json.dumps(result))
 

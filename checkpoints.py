@@ -186,11 +186,11 @@ BEFORE = "before_adaptation.safetensors"  # the checkpoint at adv_start
 OF_STEPS = "step_*.safetensors"  # the others, see `name_of`
 
 KEYS = {"settings", "classes", "tgt_size", "step", "world", "commit"}  # train.py's metadata
-NEW_KEYS = {"compiled"}  # earlier versions did not write these
+OPTIONAL_KEYS = {"compiled"}  # a file without these can be read too
 
 
 def read_metadata(path: Path) -> dict:
-    """The metadata that train.py wrote, by KEYS and NEW_KEYS; {} for weights of another origin."""
+    """The metadata that train.py wrote; {} for weights of another origin."""
     if path.suffix != ".safetensors":
         return {}
     try:
@@ -198,7 +198,7 @@ def read_metadata(path: Path) -> dict:
             found = file.metadata() or {}
             if not found.keys() >= KEYS:
                 return {}
-            return {key: json.loads(found[key]) for key in KEYS | (NEW_KEYS & found.keys())}
+            return {key: json.loads(found[key]) for key in KEYS | (OPTIONAL_KEYS & found.keys())}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is no readable checkpoint ({error}): use an older one of the run"

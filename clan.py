@@ -4,13 +4,15 @@
     g_loss, terms, predictions = g_step(G, D, batch, phase, PAPER)  # then backward and step for G
     d_loss, terms = d_step(D, predictions)                          # then backward and step for D
 
-The steps are pure: they compute losses and call no backward, optimizer, print or file. The loop
-that calls them is in train.py. The losses are in losses.py. The check of the hyper-parameters and
-the controls of the studies are at the end of this file.
+The steps are pure: they compute losses and call no backward, optimizer, print or file. Dropout in
+G and the control "shuffled" draw from torch's generator. The loop that calls the steps is in
+train.py. The losses are in losses.py. The check of the hyper-parameters and the controls of the
+studies are at the end of this file.
 
 Shapes: B images, C classes, H W label grid, h w feature grid of G.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -205,14 +207,23 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def upsample_by_products(x: Tensor, size: Sequence[int]) -> Tensor:
     """`upsample` as a product with a matrix of row weights, H h, and one of column weights, W w."""
-    rows, columns = (hat_weights(n, m, x) for n, m in zip(x.shape[-2:], size, strict=True))
+    weights = hat_weights if torch.compiler.is_compiling() else kept_weights
+    (h, w), (H, W) = x.shape[-2:], size
+    rows, columns = weights(h, H, x.dtype, x.device), weights(w, W, x.dtype, x.device)
     with torch.autocast(x.device.type, enabled=False):
         return rows @ x @ columns.T
 
 
-def hat_weights(n: int, m: int, like: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def kept_weights(n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`hat_weights`, made once: its dozen small kernels would take longer than the products."""
+    with torch.inference_mode(False):  # else a backward pass could not use what scoring has made
+        return hat_weights(n, m, dtype, device)
+
+
+def hat_weights(n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """How much each of n old positions weighs in each of m new ones, m n: 1 - distance, or 0."""
-    old, new = (torch.arange(k, dtype=like.dtype, device=like.device) for k in (n, m))
+    old, new = (torch.arange(k, dtype=dtype, device=device) for k in (n, m))
     position = (new * ((n - 1) / max(m - 1, 1))).clamp(max=n - 1)  # of a new row among the old ones
     distance = (position[:, None] - old).abs()  # m n
     return (1 - distance).clamp(min=0)

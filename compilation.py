@@ -1,6 +1,6 @@
 """Compiled steps, used only where they give the losses and gradients of the eager ones.
 
-    steps = CompiledSteps(METHODS["clan"], "steps", G, console.print)
+    steps = CompiledSteps(METHODS["clan"], "on", G, console.print)
     with steps.chosen(G, D, state, batch, phase, hyper, autocast):  # around each step of a run
         train.one_step(steps.method, ...)
 
@@ -12,10 +12,12 @@ check changes nothing that a run depends on.
 import contextlib
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,24 +32,33 @@ from models import Discriminator, Generator, residual_blocks
 BACKEND: Any = "inductor"  # of torch.compile; tests put others here
 TOLERANCE = 1e-3  # largest difference in float32, relative to a loss or to a gradient's norm
 ROUNDING = 2.0**-8  # of one bfloat16 number: smaller differences under autocast are not judged
-WORTH = 2000  # steps of a run from which --compile auto compiles: a shorter one ends sooner without
-FIRST = 100  # steps after a check whose time is reported
+LEAST_STEPS = 50_000  # of a run that --compile auto compiles; ms a step must repay minutes
+REPORT_AFTER = 100  # steps after a check whose time is reported
 Parts = dict[str, list[Tensor]]  # the losses of a step by name, and the gradients of each part
 
 # What is compiled.
 
 
-def what_to_compile(choice: str, device: torch.device, steps: int) -> str:
-    """--compile in words: "eager", "steps" (g_step and d_step) or "blocks" (of E alone)."""
+def what_to_compile(choice: str, device: torch.device, hyper: Hyper, recompute: bool) -> str:
+    """--compile without auto: "off", "on" (g_step and d_step) or "blocks" (of E alone).
+
+    auto is "on" for long runs on CUDA with one size of image: each further size takes minutes too.
+    torch compiles no block that is computed again in the backward pass. Raises ValueError if both
+    are asked for.
+    """
     if choice == "auto":
-        choice = "on" if device.type == "cuda" and steps >= WORTH else "off"
-    return {"on": "steps", "off": "eager"}.get(choice, choice)
+        worth = hyper.steps >= LEAST_STEPS and len(hyper.scales) == 1 and not recompute
+        return "on" if worth and device.type == "cuda" else "off"
+    if choice != "off" and recompute:
+        raise ValueError(f"--recompute cannot be compiled: drop it, or --compile {choice}")
+    return choice
 
 
-def compile_options() -> dict[str, Any]:
-    """Arguments of torch.compile, and the settings of it that have no argument."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of step, twice under autocast
-    torch._dynamo.config.optimize_ddp = False  # else DistributedDataParallel cuts the step up
+def set_up_compiler() -> dict[str, Any]:
+    """Sets what torch.compile has no argument for, for the whole process. Returns the arguments."""
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = limits.accumulated_recompile_limit = 1024  # r101: 8 graphs a size
+    limits.optimize_ddp = False  # else DistributedDataParallel cuts the step up
     # Dropout draws what it draws in eager steps
     options = {"fallback_random": True} if BACKEND == "inductor" else None
     return {"fullgraph": True, "backend": BACKEND, "options": options}
@@ -60,7 +71,7 @@ class Switch:
 
     def compile(self, function: Callable, **options: Any) -> Callable:
         """`function`, compiled within `on()`."""
-        fast = torch.compile(function, **compile_options(), **options)
+        fast = torch.compile(function, **set_up_compiler(), **options)
         return lambda *arguments: (fast if self.compiled else function)(*arguments)
 
     @contextlib.contextmanager
@@ -79,7 +90,8 @@ class Switch:
     def blocks(self, G: Generator) -> None:
         """Puts each residual block of E behind this switch. Losses and up-sampling stay eager.
 
-        Equal blocks share one small graph, so this compiles sooner than whole steps.
+        Equal blocks share a graph: r101 has 8 small ones for each size of image. This compiles
+        sooner than whole steps.
         """
         for block in residual_blocks(G):
             block.forward = self.compile(block.forward, dynamic=False)
@@ -120,8 +132,12 @@ def evaluate(
     hyper: Hyper,
     autocast: torch.autocast,
 ) -> Parts:
-    """The losses of a step and the gradients of E, C1, C2 and D. Leaves everything as it was."""
+    """The losses of a step, the gradients of E, C1, C2 and D, and the change of BatchNorm's running
+    statistics. Leaves everything as it was."""
     own_state = (state,) if method.first_state else ()
+    norms = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
+    running = [b for m in norms for b in m.buffers()]
+    before = [b.clone() for b in running]
     with unchanged(G, D):
         with autocast:
             loss, terms, predictions = method.g_step(G, D, batch, phase, hyper, *own_state)
@@ -132,6 +148,7 @@ def evaluate(
                 d_loss, d_terms = method.d_step(D, predictions)
             found |= gradients(d_loss, {"D": D})
             terms |= d_terms
+        found["BatchNorm"] = [(b - a).float() for a, b in zip(before, running, strict=True)]
     return found | {name: [value] for name, value in terms.items()}
 
 
@@ -152,10 +169,10 @@ def differences(found: Parts, wanted: Parts) -> dict[str, float]:
     return result
 
 
-def gradients_and_losses(parts: Parts) -> Parts:
-    """The same with all losses as one part.
+def with_losses_joined(parts: Parts) -> Parts:
+    """The same parts, with all losses as one.
 
-    A single loss can be right by chance in one precision, which would say nothing of its rounding.
+    The rounding of a single loss can be zero by chance. It is no measure of what is allowed.
     """
     losses = {name: values for name, values in parts.items() if values and not values[0].ndim}
     joined = [value for values in losses.values() for value in values]
@@ -165,10 +182,15 @@ def gradients_and_losses(parts: Parts) -> Parts:
 def wrong_parts(found: dict[str, float], limits: dict[str, float], where: str) -> list[str]:
     """What exceeds its limit, in words. A NaN exceeds every limit."""
     return [
-        f"{name} {where} is off by {error:.2g} of its own size, more than {limits[name]:.2g}"
+        f"{NAMES.get(name, name)} {where} differs by {error:.2g} of its size, more than the "
+        f"allowed {limits[name]:.2g}"
         for name, error in found.items()
         if not error <= limits[name]
     ]
+
+
+NAMES = {name: f"the gradient of {name}" for name in ("E", "C1", "C2", "D")}
+NAMES["BatchNorm"] = "the change of BatchNorm's statistics"
 
 
 def compare(
@@ -186,8 +208,9 @@ def compare(
 
     The batch is taken as it is, and with every label ignored. Then the gradient of Eq. 3 is 0, and
     that of Eq. 5 stands alone: it is a few percent of E's gradient, and an error in it would hide
-    in the sum. In float32 each loss and each gradient must agree to TOLERANCE. Under autocast,
-    the compiled step may be twice as far from the eager float32 step as the eager one is.
+    in the sum. In float32 each loss and each gradient must agree to TOLERANCE. Under autocast the
+    compiled step may be twice as far from the eager float32 step as the eager one is, or as far as
+    ROUNDING. The losses count as one part there.
     """
     ignored = batch._replace(labels=torch.full_like(batch.labels, IGNORE))
     off = torch.autocast(batch.labels.device.type, enabled=False)
@@ -208,9 +231,9 @@ def compare(
         if wrong:
             return wrong, worst
         if amp:
-            exact = gradients_and_losses(exact)
+            exact = with_losses_joined(exact)
             plain, found = (
-                differences(gradients_and_losses(taken(compiled, autocast)), exact)
+                differences(with_losses_joined(taken(compiled, autocast)), exact)
                 for compiled in (False, True)
             )
             limits = {name: max(2 * error, ROUNDING) for name, error in plain.items()}
@@ -222,29 +245,25 @@ def compare(
 
 # The steps of a run.
 
+WORDS = {"off": "eager steps", "on": "compiled steps", "blocks": "steps with compiled blocks"}
 
-def kind_of(batch: Batch, phase: Phase, hyper: Hyper) -> str:
-    """What a compiled graph depends on, in words: the flags of the phase, and the sizes.
 
-    Several processes draw random scales each for itself but must check at the same step. There the
-    flags alone count.
-    """
-    part = "source alone" if batch.target is None else "adversarial"
-    if hyper.method == "clan" and batch.target is not None:
-        part = "Eq. 5" if phase.adaptive else "Eq. 2"
-    kind = f"{part}, {'batch' if phase.batch_statistics else 'running'} statistics"
-    if devices.ranks()[1] > 1:
-        return kind
+def kind_of(batch: Batch, phase: Phase) -> str:
+    """What a compiled graph depends on, in words: the flags of the phase, and the sizes."""
+    words = ["source alone"] if batch.target is None else ["adversarial"]
+    if batch.target is not None and phase.adaptive:
+        words.append("adaptive")
+    words.append(f"{'batch' if phase.batch_statistics else 'running'} statistics")
     images = [x for x in (batch.source, batch.target) if x is not None]
-    return ", ".join([kind, *("x".join(map(str, x.shape[-2:])) for x in images)])
+    return ", ".join([*words, *("x".join(map(str, x.shape[-2:])) for x in images)])
 
 
 class CompiledSteps:
     """The steps of one run, compiled or not, and what has been decided for each kind of step.
 
-    `method` has the steps to take. `what` is "eager", "steps" or "blocks". `decisions` maps each
-    kind of step met so far to "eager" or `what`; checkpoints hold it. `before` is that of the
-    checkpoint that a run goes on from: a decision that differs is reported.
+    `method` has the steps to take. `what` is "off", "on" or "blocks". `decisions` maps each kind of
+    step that this process has met to "off" or `what`. `before` is what the checkpoint holds that a
+    run goes on from: a decision that differs is reported. `known` has both, for checkpoints.
     """
 
     def __init__(
@@ -255,12 +274,14 @@ class CompiledSteps:
         say: Callable[..., None],
         before: dict[str, str] | None = None,
     ):
-        self.method, self.what, self.say, self.switch = method, what, say, Switch()
-        self.before, self.decisions = before or {}, dict[str, str]()
-        self.taken = FIRST  # steps since the last check; at FIRST there is nothing to report
+        self.method, self.what, self.switch = method, what, Switch()
+        self.say = partial(say, soft_wrap=True)
+        self.before = before or {}
+        self.known, self.decisions = dict(self.before), dict[str, str]()
+        self.taken = REPORT_AFTER  # steps since the last check; then there is nothing to report
         self.checked_at = 0.0  # when they began
         self.eager_costs = 0.0  # seconds that an eager step takes more
-        if what == "steps":
+        if what == "on":
             self.method = self.switch.steps(method)
         if what == "blocks":
             self.switch.blocks(G)
@@ -275,10 +296,13 @@ class CompiledSteps:
         hyper: Hyper,
         autocast: torch.autocast,
     ) -> AbstractContextManager[Any]:
-        """The context to take this step in. Checks first, if it is the first of its kind."""
-        kind = kind_of(batch, phase, hyper)
-        if self.what == "eager":
-            self.decide(kind, "eager")
+        """The context to take this step in. Checks first, if it is the first of its kind.
+
+        With several processes a step is checked by all of them if it is new to one.
+        """
+        kind = kind_of(batch, phase)
+        if self.what == "off":
+            self.decide(kind, "off")
             return contextlib.nullcontext()
         self.report(batch.labels.device)
         if devices.any_rank(kind not in self.decisions):
@@ -290,35 +314,38 @@ class CompiledSteps:
         began, worst = time.perf_counter(), dict[str, float]()
         try:
             wrong, worst = compare(self.switch, self.method, *step)
+            self.eager_costs = self.cost(False, *step) - self.cost(True, *step)
         except torch.OutOfMemoryError:
-            wrong = ["the comparison does not fit into memory"]
+            wrong = ["the check needs the memory of a step in float32, and does not fit"]
         except Exception as error:  # if the step itself is at fault, the eager one raises it again
             wrong = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+        rank, _ = devices.ranks()
+        if wrong and rank > 0:  # its console is quiet
+            print(f"rank {rank}, {kind}: {'; '.join(wrong)}", file=sys.stderr)
         if devices.any_rank(bool(wrong)):
-            reason = "; ".join(wrong) or "another process found them wrong"
-            self.say(f"{kind}: eager steps, not compiled ones: {reason}", soft_wrap=True)
-            self.decide(kind, "eager")
-            self.taken = FIRST
+            reason = "; ".join(wrong) or "another process found compiled ones wrong"
+            self.say(f"{kind}: this run takes eager steps: {reason}")
+            self.taken = REPORT_AFTER
+            self.decide(kind, "off")
             return
         name = max(worst, key=lambda part: worst[part])
         self.say(
-            f"{kind}: compiled {self.what} agree with eager ones (largest difference: "
-            f"{worst[name]:.1g}, {name}); used after {time.perf_counter() - began:.0f} s",
-            soft_wrap=True,
+            f"{kind}: {WORDS[self.what]} agree with eager ones (largest difference: "
+            f"{worst[name]:.1g}, {name}) and are used; the check took "
+            f"{time.perf_counter() - began:.0f} s"
         )
         self.decide(kind, self.what)
-        self.eager_costs = self.cost(False, *step) - self.cost(True, *step)
         self.checked_at, self.taken = time.perf_counter(), 0
 
     def decide(self, kind: str, decision: str) -> None:
-        if self.before.get(kind, decision) != decision:
+        earlier = self.before.get(kind, decision)
+        if earlier != decision:
             self.say(
-                f"this run took {self.before[kind]} steps before and takes {decision} ones now: "
-                "its bits will differ from those of a run that was never stopped",
-                soft_wrap=True,
+                f"this run took {WORDS[earlier]} before and takes {WORDS[decision]} now: its bits "
+                "will differ from those of a run that was never stopped"
             )
-            self.before = {}
-        self.decisions[kind] = decision
+            self.before = {}  # said once
+        self.decisions[kind] = self.known[kind] = decision
 
     def cost(self, compiled: bool, *step: Any) -> float:
         """Median seconds of the losses and gradients of a step."""
@@ -332,17 +359,16 @@ class CompiledSteps:
         return statistics.median(times)
 
     def report(self, device: torch.device) -> None:
-        """After FIRST steps since the last check, say how long they took, and eager ones would."""
-        if self.taken == FIRST:
+        """After REPORT_AFTER steps since the last check, say what compiling has gained."""
+        if self.taken == REPORT_AFTER:
             return
         self.taken += 1
-        if self.taken < FIRST:
+        if self.taken < REPORT_AFTER:
             return
         devices.wait(device)
-        seconds = (time.perf_counter() - self.checked_at) / FIRST
+        seconds = time.perf_counter() - self.checked_at
+        eager = seconds + self.taken * self.eager_costs
         self.say(
-            f"compiled: {1000 * seconds:.1f} ms a step over the first {FIRST}, eager ones would "
-            f"take {1000 * (seconds + self.eager_costs):.1f} ms (losses and gradients of one batch "
-            f"take {1000 * self.eager_costs:+.1f} ms)",
-            soft_wrap=True,
+            f"{self.taken} {WORDS[self.what]} took {seconds:.1f} s. Eager ones would take "
+            f"about {eager:.1f} s, judged by losses and gradients: gain {eager / seconds:.2f}"
         )

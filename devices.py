@@ -74,8 +74,8 @@ def uses_bfloat16(amp: str, device: torch.device) -> bool:
 def choose_algorithms(cudnn: str) -> None:
     """--cudnn for all convolutions of this process; without CUDA it changes nothing.
 
-    "fastest" tries all algorithms at each new size. Another process may choose others, which round
-    differently. "deterministic" leaves out those that add in a random order.
+    "fastest" times up to ten algorithms at each new size. Another process may choose others, which
+    round differently. "deterministic" leaves out those that add in a random order.
     """
     torch.backends.cudnn.benchmark = cudnn == "fastest"
     torch.backends.cudnn.deterministic = cudnn == "deterministic"

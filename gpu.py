@@ -6,6 +6,8 @@ compiler ends that part alone. Every row is written to gpu.json and gpu.md as so
 parts work, and its numbers mean nothing.
 """
 
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -15,14 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 import checkpoints
@@ -38,9 +39,10 @@ from measure import (
     as_in,
     ceiling,
     count_flops,
+    interpolated,
     make_files,
     median_and_quartiles,
-    peak_bytes,
+    noise,
     scoring_times,
     step_times,
     steps_per_second,
@@ -61,11 +63,11 @@ class Scale:
     whole: tuple[int, int, int, int] = PAPER_SIZES
     crops: tuple[int, int, int, int] = (512, 1024, 512, 1024)
     small: tuple[int, int, int, int] = (96, 160, 96, 160)
-    repeats: int = 12  # timings
+    repeats: int = 5  # timings; on CUDA each is of five steps
     batches: int = 64  # largest batch to try
     steps: int = 20  # of a run that is made twice
     run_steps: int = 200  # of train.py on files
-    files: int = 16  # of each data set
+    files: int = 4  # of each data set
     predictions: int = 500
     workers: int = 8
 
@@ -77,21 +79,35 @@ class Scale:
 
     @property
     def ours(self) -> Case:
-        """A step as train.py takes it by default on such a device, not compiled."""
+        """An eager step as train.py takes it by default on such a device."""
         return Case(self.backbone, self.whole, 1, device=self.device, precision="bf16")
 
 
 FULL = Scale()
-TOY = Scale("cpu", "tiny", *((32, 64) * 2,) * 3, 1, 2, 2, 4, 2, 2, 0)
+SMALL = (32, 64, 32, 64)
+TOY = Scale(
+    device="cpu",
+    backbone="tiny",
+    whole=SMALL,
+    crops=SMALL,
+    small=SMALL,
+    repeats=1,
+    batches=2,
+    steps=2,
+    run_steps=4,
+    files=2,
+    predictions=2,
+    workers=0,
+)
 
 
 # The parts.
 
 
 def precision(scale: Scale) -> Iterator[Row]:
-    """Losses and gradients of the device in float32 against the CPU; TF32 and bfloat16 against it.
+    """Losses and gradients in float32 against the CPU, TF32 and bfloat16 against float32.
 
-    The table has relative differences: of the worst loss, and of the gradients of E, C1, C2, D.
+    The table has relative differences, of the losses that of the worst.
     """
     case = replace(scale.ours, sizes=scale.small, precision="ieee")
     reference = evaluated(replace(case, device="cpu"), scale)
@@ -101,57 +117,109 @@ def precision(scale: Scale) -> Iterator[Row]:
     yield compared("bf16 against IEEE", evaluated(replace(case, precision="bf16"), scale), exact)
 
 
+def last_step(case: Case, scale: Scale) -> tuple[Subject, int, tuple]:
+    """A subject, the last step of its run, and the arguments of compilation.evaluate."""
+    step = scale.hyper.steps - 1
+    subject = Subject(case, scale.hyper, step)
+    batch = train.to_device(subject.batch, subject.device)
+    phase = clan.phase_at(step, subject.hyper, subject.device)
+    state: dict[str, torch.Tensor] = {}
+    networks = (subject.method, subject.G, subject.D, state)
+    return subject, step, (*networks, batch, phase, subject.hyper, subject.autocast)
+
+
 def evaluated(case: Case, scale: Scale) -> compilation.Parts:
-    hyper, step = scale.hyper, scale.hyper.steps - 1
-    subject = Subject(case, hyper, step)
-    batch, phase = train.to_device(subject.batch, subject.device), phase_of(subject, step)
-    with as_in(case):
-        rest = (batch, phase, hyper, subject.autocast)
-        found = compilation.evaluate(subject.method, subject.G, subject.D, {}, *rest)
+    """Losses and gradients of one step, on the CPU in float64."""
+    subject, _, arguments = last_step(case, scale)
+    with as_in(case), subject.switch.on():
+        found = compilation.evaluate(*arguments)
     return {name: [x.cpu().double() for x in tensors] for name, tensors in found.items()}
-
-
-def phase_of(subject: Subject, step: int) -> clan.Phase:
-    return clan.phase_at(step, subject.hyper, subject.device)
 
 
 def compared(what: str, found: compilation.Parts, wanted: compilation.Parts) -> Row:
     parts = compilation.differences(found, wanted)
-    gradients = {name: parts.pop(name) for name in ("E", "C1", "C2", "D")}
+    others = {name: parts.pop(name) for name in ("E", "C1", "C2", "D", "BatchNorm")}
     worst = max(parts, key=lambda name: parts[name])
-    return {"what": what, "losses": parts[worst], "worst of them": worst} | gradients
+    return {"what": what, "losses": parts[worst], "worst of them": worst} | others
+
+
+def compiled_tiny(scale: Scale) -> Iterator[Row]:
+    """Is the compiler right on this device? The check of compiled steps with the small network."""
+    case = replace(scale.ours, backbone="tiny", sizes=(64, 128, 64, 128), compile="on")
+    yield from checked(case, scale)
 
 
 def compiled(scale: Scale) -> Iterator[Row]:
-    """The check of the compiled steps at the paper's sizes, under autocast, and their gain."""
-    yield from compiled_case(replace(scale.ours, compile="steps"), scale)
+    """Compiled steps at the paper's sizes under autocast: gain, memory, kernels, then the check."""
+    yield from gain(replace(scale.ours, compile="on"), scale)
+    yield from checked(replace(scale.ours, compile="on"), scale)
 
 
-def compiled_case(case: Case, scale: Scale) -> Iterator[Row]:
-    hyper, step = scale.hyper, scale.hyper.steps - 1
-    subject = Subject(case, hyper, step)
-    batch, phase = train.to_device(subject.batch, subject.device), phase_of(subject, step)
+def compiled_blocks(scale: Scale) -> Iterator[Row]:
+    """Compiled blocks of E, the rest eager: gain, memory, kernels, then the check."""
+    yield from gain(replace(scale.ours, compile="blocks"), scale)
+    yield from checked(replace(scale.ours, compile="blocks"), scale)
+
+
+def checked(case: Case, scale: Scale) -> Iterator[Row]:
+    """The check as a run makes it, and whether a compiled step has the same bits each time."""
+    subject, _, arguments = last_step(case, scale)
     began = time.perf_counter()
-    compare = partial(compilation.compare, subject.switch, subject.method, subject.G, subject.D, {})
-    wrong, worst = compare(batch, phase, hyper, subject.autocast)
+    wrong, worst = compilation.compare(subject.switch, *arguments)
     name = max(worst, key=lambda part: worst[part])
-    yield {
-        "what": f"check of compiled {case.compile}",
-        "result": "; ".join(wrong) or "agrees",
-        "largest difference in float32": f"{worst[name]:.1e}, {name}",
-        "seconds": time.perf_counter() - began,
-    }
-    subjects = {"eager": Subject(scale.ours, hyper, step), f"compiled {case.compile}": subject}
+    largest = {"largest difference in float32": f"{worst[name]:.1e}, {name}"}
+    seconds = time.perf_counter() - began
+    yield {"what": "check", "result": "; ".join(wrong) or "agrees", "seconds": seconds} | largest
+    with as_in(case), subject.switch.on():
+        one, other = (compilation.evaluate(*arguments) for _ in range(2))
+    yield {"what": "the same bits twice", "result": differing(one, other)}
+
+
+def gain(case: Case, scale: Scale) -> Iterator[Row]:
+    """Seconds of the first compiled step, time against eager, memory, the dearest kernels."""
+    subject, step, _ = last_step(case, scale)
+    began = time.perf_counter()
+    subject.step(step)
+    subject.wait()
+    yield {"what": "first compiled step", "seconds": time.perf_counter() - began}
+    subjects = {"eager": Subject(scale.ours, scale.hyper, step), "compiled": subject}
     times = step_times(subjects, step, scale.repeats)
     eager = median_and_quartiles(times["eager"])[0]
     for name, values in times.items():
-        median, low, high = median_and_quartiles(values)
-        yield {
-            "what": name,
-            "ms a step": 1000 * median,
-            "quartiles": f"{1000 * low:.1f} to {1000 * high:.1f}",
-            "gain": eager / median,
-        }
+        row = {"what": name, "gain": eager / median_and_quartiles(values)[0]}
+        yield row | milliseconds(values) | memory(subjects[name], step)
+    yield from dearest(subject, step)
+
+
+def differing(one: compilation.Parts, other: compilation.Parts) -> str:
+    """The parts whose bits differ, in words."""
+    names = [
+        name
+        for name, tensors in one.items()
+        if not all(torch.equal(a, b) for a, b in zip(tensors, other[name], strict=True))
+    ]
+    return f"no: {', '.join(names)}" if names else "yes"
+
+
+def milliseconds(times: list[float]) -> Row:
+    median, low, high = median_and_quartiles(times)
+    return {"ms a step": 1000 * median, "quartiles": f"{1000 * low:.1f} to {1000 * high:.1f}"}
+
+
+def memory(subject: Subject, step: int) -> Row:
+    """The peak of a step's tensors, those of other subjects included; on CUDA alone."""
+    if subject.device.type != "cuda":
+        return {}
+    torch.cuda.reset_peak_memory_stats(subject.device)
+    subject.step(step)
+    subject.wait()
+    return {"peak GB": torch.cuda.max_memory_allocated(subject.device) / 1e9}
+
+
+def does_not_fit(error: RuntimeError) -> bool:
+    """Whether an error means that the memory is too small; cuDNN and cuBLAS say it in words."""
+    words = ("out of memory", "find an engine", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def step_times_and_memory(scale: Scale) -> Iterator[Row]:
@@ -177,30 +245,49 @@ def step_times_and_memory(scale: Scale) -> Iterator[Row]:
         row = timed(name, case, scale, best[case.precision])
         base = base or row.get("images/s")
         yield row | ({"ratio": row["images/s"] / base} if base and "images/s" in row else {})
-    batch, fits = 2, True
-    while fits and batch <= scale.batches:
-        row = timed(f"ours, bf16, batch {batch}", replace(ours, batch=batch), scale, best["bf16"])
-        fits, batch = "images/s" in row, 2 * batch
-        yield row
+    batch = largest_batch(ours, scale)
+    row = timed(f"ours, bf16, batch {batch}", replace(ours, batch=batch), scale, best["bf16"])
+    yield row | ({"ratio": row["images/s"] / base} if base and "images/s" in row else {})
+
+
+def largest_batch(case: Case, scale: Scale) -> int:
+    """The largest power of 2 that fits the card, at most scale.batches."""
+    batch, step = 1, scale.hyper.steps - 1
+    while 2 * batch <= scale.batches:
+        try:
+            subject = Subject(replace(case, batch=2 * batch), scale.hyper, step)
+            subject.step(step)
+            subject.wait()
+        except RuntimeError as error:
+            if not does_not_fit(error):
+                raise
+            break
+        batch *= 2
+    return batch
 
 
 def timed(what: str, case: Case, scale: Scale, best: float) -> Row:
-    hyper, step = scale.hyper, scale.hyper.steps - 1
+    """Time, speed, share of the ceiling `best`, and memory of a case."""
+    step = scale.hyper.steps - 1
     try:
-        subject = Subject(case, hyper, step)
-        median, low, high = median_and_quartiles(step_times({"": subject}, step, scale.repeats)[""])
-        del subject
-        peak = peak_bytes(case, hyper, step)
-    except torch.OutOfMemoryError:
+        subject = Subject(case, scale.hyper, step)
+        times = step_times({"": subject}, step, scale.repeats)[""]
+        peak = memory(subject, step)
+    except RuntimeError as error:
+        if not does_not_fit(error):
+            raise
         return {"what": what, "note": "does not fit"}
-    return {
-        "what": what,
-        "ms a step": 1000 * median,
-        "quartiles": f"{1000 * low:.1f} to {1000 * high:.1f}",
-        "images/s": 2 * case.batch / median,
-        "% of ceiling": 100 * count_flops(case, hyper, step)["step"] / median / best,
-        "peak GB": peak / 1e9,
-    }
+    median = median_and_quartiles(times)[0]
+    share = case.batch * operations_of_a_pair(case.sizes, scale) / median / best
+    speed = {"images/s": 2 * case.batch / median, "% of ceiling": 100 * share}
+    return {"what": what} | milliseconds(times) | speed | peak
+
+
+@functools.cache
+def operations_of_a_pair(sizes: tuple[int, int, int, int], scale: Scale) -> int:
+    """Operations of a step on one image of each domain, recomputed blocks counted once."""
+    case = Case(scale.backbone, sizes, 1)
+    return count_flops(case, scale.hyper, scale.hyper.steps - 1)["step"]
 
 
 def kernels(scale: Scale) -> Iterator[Row]:
@@ -210,22 +297,28 @@ def kernels(scale: Scale) -> Iterator[Row]:
         "as built": ours,
         "up-sampling by F.interpolate (before)": replace(ours, interpolate=True),
         "--merge-heads": replace(ours, merge_heads=True),
-        "--cudnn fastest": replace(ours, cudnn="fastest"),
         "--cudnn deterministic": replace(ours, cudnn="deterministic"),
-        "--compile blocks": replace(ours, compile="blocks"),
     }
-    hyper, step = scale.hyper, scale.hyper.steps - 1
+    yield from compared_kernels(cases, scale)
+
+
+def fastest(scale: Scale) -> Iterator[Row]:
+    """`--cudnn fastest`, in a process of its own: cuDNN keeps what it chose first for a size."""
+    yield from compared_kernels({"--cudnn fastest": replace(scale.ours, cudnn="fastest")}, scale)
+
+
+def compared_kernels(cases: dict[str, Case], scale: Scale) -> Iterator[Row]:
+    step = scale.hyper.steps - 1
     for name, case in cases.items():
-        subject = Subject(case, hyper, step)
+        subject = Subject(case, scale.hyper, step)
         times = step_times({"": subject}, step, scale.repeats)[""]
         yield {"what": f"**{name}**, the step", "ms": 1000 * median_and_quartiles(times)[0]}
-        for kernel, ms in dearest(subject, step):
-            yield {"what": f"`{kernel}`", "ms": ms}
+        yield from dearest(subject, step)
         del subject
 
 
-def dearest(subject: Subject, step: int, count: int = 10) -> list[tuple[str, float]]:
-    """(name, milliseconds a step) of the kernels that take longest; on a CPU of the operations."""
+def dearest(subject: Subject, step: int, count: int = 10) -> Iterator[Row]:
+    """The kernels that take longest, in milliseconds a step; on a CPU the operations."""
     rounds = 3
     with torch.profiler.profile(acc_events=True) as profile:
         for _ in range(rounds):
@@ -233,74 +326,101 @@ def dearest(subject: Subject, step: int, count: int = 10) -> list[tuple[str, flo
         subject.wait()
     cuda = subject.device.type == "cuda"
     wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    found = [
-        (event.key[:70].replace("|", " "), event.self_device_time_total if cuda else
-         event.self_cpu_time_total)
-        for event in profile.key_averages()
-        if event.device_type == wanted
-    ]  # fmt: skip
-    found.sort(key=lambda item: -item[1])
-    return [(name, microseconds / 1000 / rounds) for name, microseconds in found[:count]]
+    found = []
+    for event in profile.key_averages():
+        time_of_it = event.self_device_time_total if cuda else event.self_cpu_time_total
+        span = getattr(event, "is_user_annotation", False)  # of an optimizer or a compiled region
+        if event.device_type == wanted and not span:
+            found.append((time_of_it / 1000 / rounds, event.key[:120].replace("|", " ")))
+    if not found:
+        yield {"what": "the system hides the times of kernels"}
+    for ms, name in sorted(found, reverse=True)[:count]:
+        yield {"what": f"`{name}`", "ms": ms}
 
 
 def repeated(scale: Scale) -> Iterator[Row]:
     """Whether the same run twice, and a killed run that goes on, end with the same bits."""
     small = replace(scale.ours, sizes=scale.small)
+    fixed = replace(small, cudnn="deterministic")
     cases = {
+        "--cudnn deterministic": fixed,
         "--cudnn auto": small,
-        "--cudnn deterministic": replace(small, cudnn="deterministic"),
-        "--cudnn deterministic, F.interpolate": replace(
-            small, cudnn="deterministic", interpolate=True
-        ),
-        "--cudnn fastest": replace(small, cudnn="fastest"),
+        "--cudnn deterministic, F.interpolate": replace(fixed, interpolate=True),
     }
     for name, case in cases.items():
-        one, other = (weights_after(case, scale) for _ in range(2))
+        one, other = (state_after(case, scale) for _ in range(2))
         differ = [k for k in one if not torch.equal(one[k], other[k])]
         yield {
             "what": f"{scale.steps} steps twice, {name}",
             "same bits": not differ,
             "tensors that differ": f"{len(differ)} of {len(one)}",
         }
-    found = operations_without_order(small, scale)
-    yield {"what": "operations that torch calls nondeterministic", "found": found or "none"}
-    for flags in ("--cudnn auto", "--cudnn deterministic"):
+    for name, operation in operations(scale.device).items():
+        yield {"what": f"gradient of {name}, four times", "same bits": same_each_time(operation)}
+    for flags in ("--cudnn deterministic", "--cudnn auto"):
         yield {"what": f"killed and resumed, {flags}"} | killed_and_resumed(scale, flags.split())
 
 
-def weights_after(case: Case, scale: Scale) -> dict[str, torch.Tensor]:
-    hyper, step = scale.hyper, scale.hyper.steps - scale.steps
-    subject = Subject(case, hyper, step)
-    for k in range(scale.steps):
-        subject.step(step + k)
-    networks = {"G": subject.G, "D": subject.D}
+def state_after(case: Case, scale: Scale) -> dict[str, torch.Tensor]:
+    """What a checkpoint would hold after the first steps of a short run."""
+    subject = Subject(case, replace(scale.hyper, steps=scale.steps, adv_start=0), 0)
+    for step in range(scale.steps):
+        subject.step(step)
+    return checkpoints.pack(subject.G, subject.D, subject.opt_g, subject.opt_d, {})
+
+
+def operations(device: str) -> dict[str, tuple[Any, list[torch.Tensor]]]:
+    """The operations of a step whose gradients may add in a random order, with their inputs."""
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device)
+
+    maps, probabilities = noise(1, 19, 65, 129), noise(1, 19, 512, 1024).softmax(1)
+    features, size = noise(1, 256, 65, 129), (512, 1024)
+    labels = torch.randint(0, 19, (1, 512, 1024), device=device)
     return {
-        f"{name}.{key}": value.cpu()
-        for name, network in networks.items()
-        for key, value in network.state_dict().items()
+        "up-sampling by products": (lambda x: clan.upsample_by_products(x, size), [maps]),
+        "up-sampling by F.interpolate": (lambda x: interpolated(x, size), [maps]),
+        "a 3x3 convolution, dilation 2": (
+            lambda x, w: F.conv2d(x, w, None, 1, 2, 2),
+            [features, noise(256, 256, 3, 3)],
+        ),
+        "a 1x1 convolution": (F.conv2d, [features, noise(1024, 256, 1, 1)]),
+        "a head's convolution": (
+            lambda x, w: F.conv2d(x, w, None, 1, 24, 24),
+            [features, noise(19, 256, 3, 3)],
+        ),
+        "D's first convolution": (
+            lambda x, w: F.conv2d(x, w, None, 2, 1),
+            [probabilities, noise(64, 19, 4, 4)],
+        ),
+        "BatchNorm": (
+            lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
+            [features, noise(256), noise(256)],
+        ),
+        "max-pooling": (lambda x: F.max_pool2d(x, 3, 2, 1), [features]),
+        "Eq. 3": (lambda x: clan.segmentation_loss(x, labels), [noise(1, 19, *size)]),
+        "M": (lambda x: clan.discrepancy_map(x, x.flip(1)), [probabilities]),
     }
 
 
-def operations_without_order(case: Case, scale: Scale) -> str:
-    """What `torch.use_deterministic_algorithms` warns of in a step."""
-    subject = Subject(case, scale.hyper, scale.hyper.steps - 1)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            subject.step(scale.hyper.steps - 1)
-    finally:
-        torch.use_deterministic_algorithms(before)
-    texts = (str(w.message) for w in caught if "determinis" in str(w.message))
-    return ", ".join(sorted({text.split(" does not")[0] for text in texts}))
+def same_each_time(operation: tuple[Any, list[torch.Tensor]]) -> bool:
+    """Whether four evaluations give the same bits of all gradients."""
+    function, inputs = operation
+    inputs = [x.detach().to(memory_format=torch.contiguous_format).requires_grad_() for x in inputs]
+    torch.manual_seed(0)
+    towards = torch.randn_like(function(*inputs))
+    found = [torch.autograd.grad(function(*inputs), inputs, towards) for _ in range(4)]
+    return all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
 
 
 def killed_and_resumed(scale: Scale, flags: list[str]) -> Row:
     """Runs train.py whole, and once more with a kill -9; compares the last checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
         line = [*STREETS, "--backbone", scale.backbone, "--init", "none", "--device", scale.device]
-        line += ["--steps", "6", "--adv-start", "2", "--save-every", "2", "--log-every", "1"]
+        line += ["--steps", "4", "--adv-start", "0", "--save-every", "2", "--log-every", "1"]
         outs = [Path(folder) / name for name in ("whole", "killed")]
         finished(program("train.py", *line, *flags, "--out", str(outs[0])))
         process = program("train.py", *line, *flags, "--out", str(outs[1]))
@@ -326,61 +446,100 @@ def program(*line: str) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> str:
-    """Its output. Raises RuntimeError with the last line if it failed."""
+    """Its output. Raises RuntimeError with the end of it if it failed."""
     output, _ = process.communicate()
     if process.returncode:
-        last = (output.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"{process.args!r} ended with {process.returncode}: {last}")
+        raise RuntimeError(f"{process.args!r} ended with {process.returncode}:\n{output[-3000:]}")
     return output
 
 
 def random_scales(scale: Scale) -> Iterator[Row]:
-    """Compilation of the steps over the nine pairs of random scales: seconds, and graphs in all."""
-    hyper = scale.hyper
-    case, step = replace(scale.ours, sizes=scale.small, compile="steps"), hyper.steps - 1
-    subject = Subject(case, hyper, step)
+    """Compiling the small network over the nine pairs of random scales: seconds, graphs so far."""
+    small = replace(scale.ours, backbone="tiny", sizes=scale.small)
+    case, step = replace(small, compile="on"), scale.hyper.steps - 1
+    subject = Subject(case, scale.hyper, step)
+    labels, size = subject.batch.labels, subject.batch.target_size
     h, w, t_h, t_w = scale.small
-    total = time.perf_counter()
     for a, b in itertools.product(clan.RELEASED.scales, repeat=2):
         sizes = (round(h * a), round(w * a), round(t_h * b), round(t_w * b))
-        other = Subject(replace(scale.ours, sizes=sizes), hyper, step).batch
-        labels, size = subject.batch.labels, subject.batch.target_size
-        subject.batch = clan.Batch(other.source, labels, other.target, size)
+        images = noise(replace(case, sizes=sizes))
+        subject.batch = clan.Batch(images.source, labels, images.target, size)
         began = time.perf_counter()
         subject.step(step)
         subject.wait()
+        seconds = time.perf_counter() - began
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        yield {
-            "what": f"scales {a} and {b}",
-            "first step, s": time.perf_counter() - began,
-            "graphs so far": graphs,
-        }
-    yield {"what": "all nine", "first step, s": time.perf_counter() - total}
+        yield {"what": f"scales {a} and {b}", "first step, s": seconds, "graphs": graphs}
 
 
-def reading(scale: Scale) -> Iterator[Row]:
-    """How fast the loader reads files like GTA5's and Cityscapes', against the step."""
+def files(scale: Scale) -> Iterator[Row]:
+    """Files like GTA5's and Cityscapes': the loader, a step that it feeds, and train.py itself."""
     with tempfile.TemporaryDirectory() as folder:
         roots = made_files(scale, Path(folder))
         source, target = (
             data.open_dataset(name, role, "train", roots[name])
             for name, role in (("gta5", "source"), ("cityscapes", "target"))
         )
-        steps = data.Steps(source, target, replace(scale.hyper, crop=False, mirror=1.0), seed=0)
-        rate = steps_per_second(steps, scale.workers, max(scale.repeats, 4 * scale.workers))
-    hyper, step = scale.hyper, scale.hyper.steps - 1
-    subject = Subject(scale.ours, hyper, step)
-    median = median_and_quartiles(step_times({"": subject}, step, scale.repeats)[""])[0]
-    yield {
-        "what": f"{scale.workers} workers, whole images",
-        "ms to read a step's batch": 1000 / rate,
-        "ms a step": 1000 * median,
-        "the device waits": rate * median < 1,
+        hyper = replace(scale.hyper, crop=False, mirror=1.0)
+        steps = data.Steps(source, target, hyper, seed=0)
+        count = max(scale.repeats, 4 * scale.workers)
+        rate = steps_per_second(steps, scale.workers, count)
+        yield {"what": f"reading alone, {scale.workers} workers", "ms a step": 1000 / rate}
+        subject = Subject(scale.ours, scale.hyper, scale.hyper.steps - 1)
+        if scale.device == "cuda":
+            yield fed(subject, steps, scale.workers, count)
+        times = step_times({"": subject}, scale.hyper.steps - 1, scale.repeats)[""]
+        yield {"what": "the step alone"} | milliseconds(times)
+        del subject
+        yield whole_run(scale, roots, Path(folder) / "run")
+
+
+def fed(subject: Subject, steps: data.Steps, workers: int, count: int) -> Row:
+    """Steps on batches from the loader. If they take longer than steps alone, the device waits."""
+    first = 2 + 2 * workers  # these are read ahead while the workers start
+    loader: Any = torch.utils.data.DataLoader(
+        steps, batch_size=None, sampler=range(first + count), num_workers=workers, pin_memory=True
+    )
+    for k, batch in enumerate(data.checked(loader)):
+        if k == first:
+            subject.wait()
+            began = time.perf_counter()
+        subject.batch = batch
+        subject.step(subject.hyper.steps - 1)
+    subject.wait()
+    seconds = (time.perf_counter() - began) / count
+    return {"what": f"steps fed by {workers} workers", "ms a step": 1000 * seconds}
+
+
+def whole_run(scale: Scale, roots: dict[str, Path], out: Path, *more: str) -> Row:
+    """train.py on the files: reading, copying, the step, the log, a checkpoint, the score."""
+    flags = ["--src", "gta5", "--src-dir", str(roots["gta5"]), "--backbone", scale.backbone]
+    flags += ["--tgt-dir", str(roots["cityscapes"]), "--init", "none", "--adv-start", "0"]
+    flags += [
+        "--batch",
+        "1",
+        "--steps",
+        str(scale.run_steps),
+        "--device",
+        scale.device,
+        "--no-crop",
+    ]
+    flags += ["--log-every", str(max(scale.run_steps // 4, 1)), "--workers", str(scale.workers)]
+    if scale.device == "cpu":
+        flags += ["--src-size", "32", "64", "--tgt-size", "32", "64"]
+    began = time.perf_counter()
+    output = finished(program("train.py", *flags, *more, "--out", str(out)))
+    seconds = time.perf_counter() - began
+    speed = int(re.findall(r"\| (\d+) images/s", output)[-1])
+    return {
+        "what": " ".join([f"train.py, {scale.run_steps} steps, its last quarter", *more]),
+        "ms a step": 2000 / max(speed, 1),
+        "seconds in all": seconds,
     }
 
 
 def made_files(scale: Scale, folder: Path) -> dict[str, Path]:
-    """Folders in the formats of GTA5 and Cityscapes, the latter with a few images of its val."""
+    """Folders in the formats of GTA5 and Cityscapes, the latter with two images of its val."""
     roots = {name: folder / name for name in ("gta5", "cityscapes")}
     for name, root in roots.items():
         make_files(name, root, None, scale.files)
@@ -398,28 +557,6 @@ def scoring(scale: Scale) -> Iterator[Row]:
         "numpy way, ms": 1000 * found["plain_s"],
         "ratio": found["plain_s"] / found["ours_s"],
         "MB grown": (memory[-1] - memory[0]) / 1e6,
-    }
-
-
-def whole_run(scale: Scale) -> Iterator[Row]:
-    """train.py itself on files: reading, copying, the step, the log, a checkpoint, the score."""
-    with tempfile.TemporaryDirectory() as folder:
-        roots = made_files(scale, Path(folder))
-        flags = ["--src", "gta5", "--src-dir", str(roots["gta5"]), "--backbone", scale.backbone]
-        flags += ["--tgt-dir", str(roots["cityscapes"]), "--init", "none", "--adv-start", "0"]
-        flags += ["--batch", "1", "--steps", str(scale.run_steps), "--device", scale.device]
-        flags += ["--log-every", str(max(scale.run_steps // 4, 1)), "--workers", str(scale.workers)]
-        if scale.device == "cpu":
-            flags += ["--src-size", "32", "64", "--tgt-size", "32", "64"]
-        began = time.perf_counter()
-        out = ["--out", str(Path(folder) / "run")]
-        output = finished(program("train.py", *flags, *out))
-        rates = [int(text) for text in re.findall(r"\| (\d+) images/s", output)]
-    yield {
-        "what": f"train.py, {scale.run_steps} steps",
-        "images/s, last quarter": rates[-1],
-        "images/s, first quarter": rates[0],
-        "seconds in all": time.perf_counter() - began,
     }
 
 
@@ -456,19 +593,31 @@ def streets_run(scale: Scale) -> Iterator[Row]:
     }
 
 
-# Most valuable first, with the most seconds that each may take of nine minutes.
+def compiled_run(scale: Scale) -> Iterator[Row]:
+    """train.py with --compile on, on files as above: what a long run does by default on CUDA."""
+    with tempfile.TemporaryDirectory() as folder:
+        roots = made_files(scale, Path(folder))
+        more = ["--compile", "on" if scale.device == "cuda" else "off"]  # no compiler in a dry run
+        yield whole_run(scale, roots, Path(folder) / "run", *more)
+
+
+# Most valuable first, with the seconds of nine minutes that each may take. What a part leaves over
+# goes to the next ones. The last three take what is left.
 PARTS = {
-    "precision": (precision, 60),
-    "compiled": (compiled, 200),
-    "step": (step_times_and_memory, 100),
-    "kernels": (kernels, 120),
-    "repeated": (repeated, 90),
-    "scales": (random_scales, 90),
-    "reading": (reading, 60),
-    "scoring": (scoring, 30),
-    "run": (whole_run, 90),
-    "torchrun": (one_process, 60),
-    "streets": (streets_run, 120),
+    "precision": (precision, 40),
+    "compiled-tiny": (compiled_tiny, 60),
+    "step": (step_times_and_memory, 110),
+    "kernels": (kernels, 50),
+    "fastest": (fastest, 25),
+    "files": (files, 70),
+    "repeated": (repeated, 80),
+    "scoring": (scoring, 15),
+    "torchrun": (one_process, 30),
+    "streets": (streets_run, 30),
+    "compiled": (compiled, 30),
+    "blocks": (compiled_blocks, 0),
+    "scales": (random_scales, 0),
+    "compiled-run": (compiled_run, 0),
 }
 
 
@@ -493,11 +642,14 @@ def bench_gpu(args: Any, console: Console) -> dict:
         "parts": {name: {"seconds": 0.0, "rows": []} for name in args.parts or PARTS},
     }
     args.to.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the part that runs
     deadline = time.monotonic() + 60 * args.minutes
+    later = {name: PARTS[name][1] * args.minutes / 9 for name in result["parts"]}
     for name, part in result["parts"].items():
-        began, left = time.monotonic(), deadline - time.monotonic()
-        limit = min(left, PARTS[name][1] * args.minutes / 9)
-        if left < 5:
+        began = time.monotonic()
+        del later[name]
+        limit = deadline - began - sum(later.values())
+        if limit < 5:
             part["note"] = "not run: no time was left"
         else:
             run_part(name, args.dry, part, limit, lambda: write(result, args.to))
@@ -507,36 +659,54 @@ def bench_gpu(args: Any, console: Console) -> dict:
             f"{name}: {len(part['rows'])} rows, {part['seconds']} s", part.get("note", "")
         )
     console.print(f"wrote {args.to / 'gpu.json'} and {args.to / 'gpu.md'}", soft_wrap=True)
-    failed = [name for name, part in result["parts"].items() if "note" in part]
+    failed = [name for name, part in result["parts"].items() if "failed" in part.get("note", "")]
     if failed:
-        raise ValueError(f"not complete: {', '.join(failed)}; see {args.to / 'gpu.md'}")
+        raise ValueError(f"these parts failed: {', '.join(failed)}; see {args.to / 'gpu.json'}")
     return result
 
 
 def run_part(name: str, dry: bool, part: dict, limit: float, write_now: Any) -> None:
     """Collects the rows of a part while it runs, and ends it after `limit` seconds."""
-    command = [sys.executable, str(BENCH), "gpu", "--part", name, *["--dry"] * dry]
+    command = [sys.executable, "-X", "faulthandler", str(BENCH), "gpu", "--part", name]
+    command += ["--dry"] * dry
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         with out.open("w") as stdout, err.open("w") as stderr:
-            process = subprocess.Popen(
-                command, stdout=stdout, stderr=stderr, start_new_session=True
-            )
-        end, ended = time.monotonic() + limit, False
-        while not ended:
-            ended = process.poll() is not None
-            if not ended and time.monotonic() > end:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                part["note"], ended = f"stopped after {limit:.0f} s", True
-            lines = [line for line in out.read_text().split("\n")[:-1] if line.startswith("{")]
-            if len(lines) > len(part["rows"]):
-                part["rows"] = [json.loads(line) for line in lines]
-                write_now()
-            time.sleep(0.05)
+            options: Any = {"stdout": stdout, "stderr": stderr, "start_new_session": True}
+            process = subprocess.Popen(command, **options)
+        end = time.monotonic() + limit
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.2)
+                if collect(out, part):
+                    write_now()
+            if process.poll() is None:
+                part["note"] = f"stopped after {limit:.0f} s"
+        finally:  # also after Ctrl-C: no part goes on alone
+            end_session(process)
+        collect(out, part)
         if process.returncode and "note" not in part:
-            last = (err.read_text().strip().splitlines() or ["no message"])[-1]
-            part["note"] = f"failed: {last[:300]}"
+            part["note"] = "failed; gpu.json has the end of what it printed"
+        if "note" in part:
+            part["errors"] = err.read_text()[-6000:]
+
+
+def collect(out: Path, part: dict) -> bool:
+    """Whether the part has printed more rows; they are taken."""
+    lines = [line for line in out.read_text().split("\n")[:-1] if line.startswith("{")]
+    new = len(lines) > len(part["rows"])
+    part["rows"] = [json.loads(line) for line in lines]
+    return new
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """Ends a part and the programs that it has started, torchrun's workers with them."""
+    for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
 
 
 def write(result: dict, folder: Path) -> None:
@@ -568,8 +738,6 @@ def markdown(result: dict) -> str:
 def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)

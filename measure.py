@@ -7,6 +7,7 @@ bench.py and gpu.py take the parts from here.
 """
 
 import contextlib
+import math
 import multiprocessing
 import statistics
 import struct
@@ -57,7 +58,7 @@ class Case:
     classes: int = 19
     device: str = "cpu"
     precision: Precision = "ieee"
-    compile: Literal["eager", "steps", "blocks"] = "eager"
+    compile: Literal["off", "on", "blocks"] = "off"  # on: g_step and d_step; blocks: of E
     merge_heads: bool = False
     recompute: bool = False
     cudnn: str = "auto"
@@ -75,7 +76,7 @@ class Subject:
         self.opt_g, self.opt_d = train.build_optimizers(self.G, self.D, hyper, not case.plain)
         self.method = METHODS[hyper.method]
         self.switch = Switch()
-        if case.compile == "steps":
+        if case.compile == "on":
             self.method = self.switch.steps(self.method)
         if case.compile == "blocks":
             self.switch.blocks(self.G)
@@ -109,7 +110,7 @@ def as_in(case: Case) -> Iterator[None]:
     """The settings of a case that hold for the whole process."""
     upsample = clan.upsample
     devices.choose_algorithms(case.cudnn)
-    if case.interpolate:
+    if case.interpolate or case.plain:
         clan.upsample = interpolated
     try:
         with devices.convolutions_in("tf32" if case.precision == "tf32" else "ieee"):
@@ -177,9 +178,8 @@ def noise(case: Case, device: torch.device | str = "cpu") -> clan.Batch:
 def pinned(batch: clan.Batch) -> clan.Batch:
     """The batch in memory that a GPU copies from without waiting, as the loader gives it."""
     source, labels, target, size = batch
-    return clan.Batch(
-        source.pin_memory(), labels.pin_memory(), target and target.pin_memory(), size
-    )
+    target = None if target is None else target.pin_memory()
+    return clan.Batch(source.pin_memory(), labels.pin_memory(), target, size)
 
 
 # Counting operations, and the highest speed of the machine.
@@ -265,14 +265,16 @@ def ceiling(device: torch.device, precision: Precision) -> float:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     products: Any = torch.backends.cuda.matmul
     before = products.fp32_precision
-    products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
 
     def product() -> None:
         a @ b
         devices.wait(device)
 
-    times = seconds(product, 10)
-    products.fp32_precision = before
+    products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        times = seconds(product, 10)
+    finally:
+        products.fp32_precision = before
     return 2 * n**3 / statistics.median(times)
 
 
@@ -295,15 +297,16 @@ def step_times(subjects: dict[str, Subject], step: int, rounds: int = REPEATS) -
     On CUDA a time is the mean of five steps, so that waiting for the device does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in subjects}
-    for i in range(3 + rounds):
+    cuda = any(subject.device.type == "cuda" for subject in subjects.values())
+    inner, warm_up = (5, 1) if cuda else (1, 3)
+    for i in range(warm_up + rounds):
         for name, subject in subjects.items():
-            inner = 5 if subject.device.type == "cuda" else 1
             subject.wait()
             start = time.perf_counter()
             for _ in range(inner):
                 subject.step(step)
             subject.wait()
-            if i >= 3:
+            if i >= warm_up:
                 times[name].append((time.perf_counter() - start) / inner)
     return times
 
@@ -358,7 +361,8 @@ def time_shares(subject: Subject, step: int) -> dict[str, float]:
         time_of_it = event.self_device_time_total if cuda else event.self_cpu_time_total
         spent[next(kind for kind in spent if kind in event.key)] += time_of_it
     total = sum(spent.values())  # 0 where the system hides the GPU's counters
-    return {kind: t / total if total else float("nan") for kind, t in spent.items()}
+    shares = {kind: t / total if total else math.nan for kind, t in spent.items()}
+    return shares | ({"upsample": math.nan} if cuda else {})  # products there, in the rest
 
 
 # Reading: files in the formats and sizes of the three data sets.

@@ -49,7 +49,7 @@ class Settings:
     out: Path | None = None  # run folder; default: runs/SRC-TGT-BACKBONE-METHOD-seedN
     device: str = "auto"  # cpu, cuda, cuda:1; auto: the GPU if there is one
     amp: Literal["auto", "off", "bf16"] = "auto"  # bfloat16 where it is safe; auto: on CUDA
-    compile: Compile = "auto"  # steps or E's blocks, once checked; auto: on CUDA from 2000 steps on
+    compile: Compile = "auto"  # steps, or E's blocks, once checked; auto: long runs on CUDA
     cudnn: Cudnn = "auto"  # how it chooses algorithms; fastest: by trial, which may change bits
     merge_heads: bool = False  # one convolution a dilation for both heads; for CUDA, not measured
     recompute: bool = False  # compute E's blocks again in the backward pass: less memory, slower

@@ -126,7 +126,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     decisions = restore(resume, device, console, *parts) if resume else {}
     # Sets requires_grad before DDP collects the parameters.
     set_batchnorm(G, train_affine=hyper.bn_affine, batch_statistics=True)
-    what = what_to_compile(settings.compile, device, hyper.steps)
+    what = what_to_compile(settings.compile, device, hyper, settings.recompute)
     compiled = CompiledSteps(method, what, G, console.print, decisions)
     method = devices.data_parallel(compiled.method, G, D)
 
@@ -137,13 +137,13 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
         evaluation.score, source=source, target=val, device=device, amp=amp, workers=workers
     )
     origin = {"classes": source.classes, "tgt_size": target.size, "world": world}
-    origin["compiled"] = compiled.decisions
+    origin["compiled"] = compiled.known
     keep = partial(checkpoint, settings, hyper, origin, parts, log)
     stop = Stop(grace=2.0 if world > 1 else 0.0)
     with log.bar, stop, remedies(settings.folder):
         for step, batch in zip(range(start, hyper.steps), batches, strict=True):
-            # VGG-16's dropout is the only thing that draws here; reseeding each step makes resuming
-            # exact.
+            # VGG-16's dropout and --m-control shuffled draw from torch's generator. Reseeding each
+            # step makes resuming exact.
             torch.manual_seed(seed_of(settings.seed, step, rank))
             batch = to_device(batch, device)
             phase = clan.phase_at(step, hyper, device)
@@ -424,7 +424,10 @@ def finish(
 
 # The program.
 
-LESS_MEMORY = "Give --recompute, --amp bf16, --crop, smaller --src-size and --tgt-size, or --batch."
+LESS_MEMORY = (
+    "Give --recompute (not for vgg16), --amp bf16, --crop, a smaller --src-size and --tgt-size, or "
+    "a smaller --batch."
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,11 +24,12 @@ from helpers import (
     tensors_of,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import clan
 import compilation
 import models
-from clan import PAPER, Batch
+from clan import PAPER, RELEASED, Batch
 from compilation import CompiledSteps, Switch, compare, evaluate, what_to_compile
 from methods import METHODS
 
@@ -114,15 +116,38 @@ def test_compilation_a_right_backend_passes(monkeypatch, method, autocast):
 
 
 @BOTH_PRECISIONS
-@pytest.mark.parametrize(("factor", "off"), ((0.0, 1.0), (1.1, 0.1), (-1.0, 2.0)))
-def test_compilation_a_wrong_adversarial_gradient_is_caught(monkeypatch, factor, off, autocast):
+@pytest.mark.parametrize(
+    ("method", "factor", "off"),
+    (("tan", 0.0, 1.0), ("tan", 1.1, 0.1), ("tan", -1.0, 2.0), ("clan", 1.1, 0.1)),
+)
+def test_compilation_a_wrong_adversarial_gradient_is_caught(
+    monkeypatch, method, factor, off, autocast
+):
     """At lambda_adv .001 it hides on the batch. With all labels ignored it stands alone."""
     monkeypatch.setattr(compilation, "BACKEND", faulty(factor))
-    switch, case = Switch(), small_case("tan", lambda_adv=0.001)
-    wrong, worst = compare(switch, switch.steps(METHODS["tan"]), *case, autocast)
-    assert any(line.startswith("E with every label ignored, in float32,") for line in wrong)
+    switch, case = Switch(), small_case(method, lambda_adv=0.001, detach_m=True)
+    wrong, worst = compare(switch, switch.steps(METHODS[method]), *case, autocast)
+    where = "the gradient of E with every label ignored, in float32, differs by"
+    assert any(line.startswith(where) for line in wrong)
     assert worst["E"] == pytest.approx(off, rel=0.01) and worst["D"] < 1e-4
     assert worst["adv"] < 1e-5 and worst["G's loss"] < 1e-5, "the losses look right"
+
+
+def test_compilation_wrong_statistics_of_batchnorm_are_caught(monkeypatch):
+    """They are no part of a loss or gradient, but of scores and of what a checkpoint holds."""
+
+    def backend(graph, inputs):
+        for node in graph.graph.nodes:
+            if "batch_norm" in str(node.target):
+                node.args = (*node.args[:6], 0.9, *node.args[7:])  # its momentum
+        graph.recompile()
+        return graph.forward
+
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    switch = Switch()
+    wrong, worst = compare(switch, switch.steps(METHODS["tan"]), *small_case("tan"), OFF)
+    assert len(wrong) == 1 and wrong[0].startswith("the change of BatchNorm's statistics on the")
+    assert worst["BatchNorm"] > 1
 
 
 def test_compilation_without_the_second_comparison_the_fault_would_hide(monkeypatch):
@@ -217,7 +242,8 @@ def test_compilation_a_run_is_as_if_no_check_had_been_made(few, tmp_path, monkey
     assert shown.count("compiled steps agree with eager ones") == 2, "one for each kind of step"
     monkeypatch.setattr(compilation, "BACKEND", faulty(-1.0))
     fallen_back = compiled_run(tmp_path / "fallen_back", *flags)
-    assert "Eq. 5, batch statistics, 32x64, 32x64: eager steps, not compiled ones: E with" in (
+    kind = "adversarial, adaptive, batch statistics, 32x64, 32x64"
+    assert f"{kind}: this run takes eager steps: the gradient of E with" in (
         " ".join(capsys.readouterr().out.split())
     )
     monkeypatch.setattr(compilation, "BACKEND", broken)
@@ -264,8 +290,11 @@ def test_compilation_a_resumed_run_that_decides_differently_says_so(
     capsys.readouterr()
     run(out, "--resume", str(out), "--compile", then)
     shown = " ".join(capsys.readouterr().out.split())
-    words = {"on": "steps", "off": "eager"}
-    assert f"took {words[first]} steps before and takes {words[then]} ones now" in shown
+    words = {
+        "on": "this run took compiled steps before and takes eager steps now",
+        "off": "this run took eager steps before and takes compiled steps now",
+    }
+    assert words[first] in shown
     assert shown.count("bits will differ") == 1
 
 
@@ -279,30 +308,84 @@ def test_compilation_out_of_memory_in_the_check_means_eager_steps(
     monkeypatch.setattr(compilation, "compare", full)
     monkeypatch.setattr(compilation, "BACKEND", "eager")
     assert_same_run(compiled_run(tmp_path / "run"), plain)
-    assert "the comparison does not fit into memory" in capsys.readouterr().out
+    assert "the check needs the memory of a step in float32" in capsys.readouterr().out
 
 
 def test_compilation_the_gain_is_reported_after_a_hundred_steps(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compilation, "BACKEND", "eager")
-    monkeypatch.setattr(compilation, "FIRST", 3)
+    monkeypatch.setattr(compilation, "REPORT_AFTER", 3)
     compiled_run(tmp_path)
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("ms a step over the first 3, eager ones would take") == 2
+    assert len(re.findall(r"3 compiled steps took .* s. Eager ones would take", shown)) == 1
+    assert shown.count("by losses and gradients: gain ") == 2
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "steps", "what"),
+    ("choice", "device", "hyper", "expected"),
     (
-        ("auto", "cpu", 100_000, "eager"),
-        ("auto", "cuda", 100_000, "steps"),
-        ("auto", "cuda", 1350, "eager"),
-        ("on", "cpu", 10, "steps"),
-        ("blocks", "cpu", 10, "blocks"),
-        ("off", "cuda", 100_000, "eager"),
+        ("auto", "cpu", PAPER, "off"),
+        ("auto", "cuda", PAPER, "on"),
+        ("auto", "cuda", replace(PAPER, steps=1350), "off"),
+        ("auto", "cuda", RELEASED, "off"),  # nine pairs of sizes
+        ("on", "cpu", replace(PAPER, steps=10), "on"),
+        ("blocks", "cpu", PAPER, "blocks"),
+        ("off", "cuda", PAPER, "off"),
     ),
 )
-def test_compilation_auto_is_for_long_runs_on_cuda(choice, device, steps, what):
-    assert what_to_compile(choice, torch.device(device), steps) == what
+def test_compilation_auto_is_for_long_runs_on_cuda(choice, device, hyper, expected):
+    assert what_to_compile(choice, torch.device(device), hyper, recompute=False) == expected
+
+
+def test_compilation_of_recomputed_blocks_is_refused(tmp_path):
+    assert what_to_compile("auto", torch.device("cuda"), PAPER, recompute=True) == "off"
+    error = run_error(*SMALL, "--recompute", "--compile", "on", "--out", str(tmp_path / "run"))
+    assert "--recompute cannot be compiled: drop it, or --compile on" in error
+
+
+def test_compilation_decisions_outlive_two_resumes():
+    """A kind that is not met between two resumes is still known to the second."""
+    G, said = models.Generator("tiny"), []
+    before = {"a": "on", "b": "on"}
+    steps = CompiledSteps(METHODS["tan"], "off", G, lambda text, **_: said.append(text), before)
+    steps.decide("a", "on")
+    assert steps.known == before and not said
+    later = CompiledSteps(
+        METHODS["tan"], "off", G, lambda text, **_: said.append(text), steps.known
+    )
+    later.decide("b", "off")
+    assert len(said) == 1 and "took compiled steps before and takes eager steps now" in said[0]
+    later.decide("a", "off")
+    assert len(said) == 1, "said once"
+
+
+def test_compilation_a_new_size_of_one_process_makes_all_check(monkeypatch):
+    """`any_rank` answers for the others. The decision is for the kind of this process."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    steps = CompiledSteps(METHODS["tan"], "on", models.Generator("tiny"), lambda *a, **o: None)
+    checked = []
+    monkeypatch.setattr(steps, "check", lambda kind, *_: checked.append(kind))
+    G, D, state, batch, phase, hyper = small_case("tan")
+    kind = compilation.kind_of(batch, phase)
+    steps.decisions[kind] = "on"
+    for other_has_a_new_size, expected in ((False, 0), (True, 1)):
+        monkeypatch.setattr(
+            compilation.devices, "any_rank", lambda asked, new=other_has_a_new_size: asked or new
+        )
+        with steps.chosen(G, D, state, batch, phase, hyper, OFF):
+            assert steps.switch.compiled
+        assert checked == [kind] * expected and not steps.switch.compiled
+
+
+@pytest.mark.slow
+def test_compilation_r101_has_eight_graphs_of_blocks_for_a_size(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(compilation, "BACKEND", counter)
+    G, switch = models.Generator("r101"), Switch()
+    switch.blocks(G)
+    with switch.on(), torch.no_grad():
+        for height in (32, 48, 64):
+            G(torch.zeros(1, 3, height, 64))
+    assert counter.frame_count == 3 * 8
 
 
 @pytest.mark.slow
@@ -317,7 +400,7 @@ def test_compilation_of_blocks_is_checked_too(few, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(compilation, "BACKEND", counting)
     blocks = run(tmp_path / "blocks", "--compile", "blocks")
-    assert "compiled blocks agree with eager ones" in capsys.readouterr().out and graphs
+    assert "steps with compiled blocks agree with eager ones" in capsys.readouterr().out and graphs
     assert_same_run(blocks, plain)
     error = run_error("--backbone", "vgg16", "--init", "none", "--compile", "blocks",
                       "--src", "streets", "--tgt", "streets", "--device", "cpu",
@@ -334,7 +417,7 @@ def test_compilation_a_wrong_block_is_caught(few, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(compilation, "BACKEND", wrong)
     assert_same_run(run(tmp_path / "run", "--compile", "blocks"), plain)
-    assert "eager steps, not compiled ones" in capsys.readouterr().out
+    assert "this run takes eager steps" in capsys.readouterr().out
 
 
 class WithDropout(nn.Sequential):
@@ -354,11 +437,19 @@ def two_layers(monkeypatch):
 def test_compilation_inductor_is_used_with_up_sampling_by_products(
     few, tmp_path, capsys, two_layers
 ):
+    """It gives the eager run but for rounding, and a resumed run has the bits of a whole one."""
     plain = run(tmp_path / "plain", *two_layers)
-    out = compiled_run(tmp_path / "compiled", *two_layers)
+    flags = ["--save-every", "1", "--keep", "9"]
+    out = compiled_run(tmp_path / "compiled", *two_layers, *flags)
     assert "compiled steps agree with eager ones" in capsys.readouterr().out
+    whole = last_tensors(out)
     for name, tensor in last_tensors(plain).items():
-        torch.testing.assert_close(last_tensors(out)[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=1e-4)
+    for step in (3, 4):
+        (out / f"step_{step:07d}.safetensors").unlink()
+    torch._dynamo.reset()
+    run(out, "--resume", str(out))
+    assert_equal(last_tensors(out), whole)
 
 
 @pytest.mark.slow
@@ -375,7 +466,7 @@ def test_compilation_inductor_is_not_used_with_interpolate(
     plain = run(tmp_path / "plain", *two_layers)
     out = compiled_run(tmp_path / "compiled", *two_layers)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "not compiled ones: E with every label ignored, in float32, is off by 1 of" in shown
+    assert "the gradient of E with every label ignored, in float32, differs by 1 of its" in shown
     assert_same_run(out, plain)
 
 
@@ -409,8 +500,9 @@ def test_compilation_processes_decide_alike(few, tmp_path, wrong):
         done = subprocess.run(line, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
     shown = " ".join(done.stdout.split())
-    decided = "eager steps, not compiled ones: another process found them wrong"
-    assert (decided in shown) == (wrong == "1") and "running statistics: compiled steps" in shown
+    decided = "this run takes eager steps: another process found compiled ones wrong"
+    assert (decided in shown) == (wrong == "1") and "compiled steps agree" in shown
+    assert ("rank 1, adversarial" in done.stderr) == (wrong == "1"), "it says why"
     for name, tensor in last_tensors(outs["off"]).items():
         torch.testing.assert_close(last_tensors(outs["on"])[name], tensor, rtol=1e-3, atol=1e-5)
     saved = json.loads((outs["on"] / "eval.json").read_text())
