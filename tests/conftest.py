@@ -1,10 +1,15 @@
 """Fixtures of several test files."""
 
 import math
+import os
 import signal
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process of pytest -n has one core, and its children
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import torch
 from helpers import AuthorsNet, run
 from torch import nn
