@@ -62,6 +62,7 @@ class Hyper:
     power: float = 0.9  # exponent of the poly schedule
     warmup: float = 0.0  # share of the steps in which the rates rise linearly
     d_channels: int = 64  # channels of D's first convolution
+    d_strides: tuple[int, ...] = (2, 2, 2, 2, 2)  # of D's five convolutions: 2 (4x4) or 1 (3x3)
     lr_d: float = 5e-5  # Adam, initial rate
     d_schedule: Literal["fixed", "poly"] = "fixed"  # schedule of D's rate
     beta1_d: float = 0.9  # Adam
@@ -366,6 +367,10 @@ def check(hyper: Hyper) -> None:
         f"{hyper.scale_probs}",
     )
     require(hyper.d_channels >= 1, "d_channels must be at least 1")
+    require(
+        len(hyper.d_strides) == 5 and set(hyper.d_strides) <= {1, 2},
+        f"d_strides {hyper.d_strides} must be five numbers, each 1 or 2",
+    )
     require(
         hyper.momentum < 1 and hyper.beta1_d < 1 and hyper.beta2_d < 1,
         "momentum, beta1_d and beta2_d must be below 1",

@@ -153,6 +153,7 @@ def open_dataset(
     *,
     labels: Labels = "required",
     shift: Sequence[float] = (0.5, 0.5),
+    mixed: bool = False,
 ) -> DataSet:
     """The images of one split, found but not read.
 
@@ -160,7 +161,7 @@ def open_dataset(
     its city as the target). split: train, val or, for Cityscapes, test. folder: the data set's own
     folder. size: H W to resize to instead of the data set's own. labels: "none" for a target in
     training. shift: how much the city of streets differs from its game, in look and in layout, each
-    in [0, 1].
+    in [0, 1]. mixed: as a source, streets draws each scene with a look between game and city.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
@@ -175,7 +176,7 @@ def open_dataset(
         raise ValueError(f"{name} has no split {split!r}: {pool}use {choices}")
     wanted = (int(size[0]), int(size[1])) if size else kind.size
     if name == "streets":
-        return open_streets(role, split, wanted or STREETS_SIZE, tuple(shift))
+        return open_streets(role, split, wanted or STREETS_SIZE, tuple(shift), mixed)
     return kind.opener(Path(folder or ""), split, wanted, labels)
 
 
@@ -232,18 +233,23 @@ def open_cityscapes(folder: Path, split: str, size: Size, labels: Labels) -> Dat
 
 
 STREETS_SIZE = (64, 128)
-# Scenes of streets by domain and split: (first index, count). Splits share no scene.
+# Scenes of streets by domain and split: (first index, count). Splits share no scene. Settings are
+# chosen on dev, and results are of val.
 STREETS = {
     ("game", "train"): (0, 1500),
+    ("game", "dev"): (200_000, 250),
     ("game", "val"): (100_000, 250),
     ("city", "train"): (0, 1000),
+    ("city", "dev"): (200_000, 250),
     ("city", "val"): (100_000, 250),
 }
 
 
-def open_streets(role: str, split: str, size: Size, shift: tuple) -> DataSet:
+def open_streets(role: str, split: str, size: Size, shift: tuple, mixed: bool = False) -> DataSet:
     domain = {"source": "game", "target": "city"}[role]
     first, count = STREETS[domain, split]
+    if mixed and role == "source":
+        domain = "mixed"
     items = tuple((index, domain, *shift) for index in range(first, first + count))
     return DataSet("streets", CLASSES, CLASSES, size, size, items)
 
@@ -312,7 +318,7 @@ DATASETS = {
     "folder": Kind(
         open_folder, "name a folder with images/, labels/ and classes.json", None, (), None
     ),
-    "streets": Kind(open_streets, "it is drawn", None, ("train", "val"), STREETS_SIZE),
+    "streets": Kind(open_streets, "it is drawn", None, ("train", "dev", "val"), STREETS_SIZE),
 }
 
 

@@ -341,7 +341,7 @@ def evaluate_main(args: argparse.Namespace) -> None:
     if result["left_out"]:
         console.print(f"not scored, in one data set only: {', '.join(result['left_out'])}")
     result |= {"checkpoint": str(path), "settings": settings}
-    of_the_run = not settings or (tgt, args.split) == (settings["tgt"], "val")
+    of_the_run = not settings or (tgt, args.split) == (settings["tgt"], settings["split"])
     name = "eval" if of_the_run else f"eval-{tgt}-{args.split}"  # keeps the run's own score
     (out / f"{name}.json").write_text(json.dumps(result, indent=1))
     figure = draw(target, to_source_ids, {"prediction": G}, device, source.classes)

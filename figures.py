@@ -350,7 +350,7 @@ def weightmap(study: Study) -> None:
     start = flags["out"] / BEFORE
     if not start.exists():  # adversarial from the first step on
         start = of_steps(flags["out"])[0]
-    D = Discriminator(len(source.classes), hyper.d_channels)
+    D = Discriminator(len(source.classes), hyper.d_channels, hyper.d_strides)
     load_weights(D, last, say=lambda _: None)
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     axes = figure.subplots(2, 5)

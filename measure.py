@@ -152,7 +152,8 @@ def plain_step(
 
 def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discriminator]:
     G = place(Generator(case.backbone, case.classes), case.device, case.plain)
-    D = place(Discriminator(case.classes, hyper.d_channels), case.device, case.plain)
+    D = Discriminator(case.classes, hyper.d_channels, hyper.d_strides)
+    D = place(D, case.device, case.plain)
     if case.merge_heads:
         merge_heads(G)
     if case.recompute:

@@ -9,6 +9,7 @@ first weights of a backbone. Strides and normalisation follow from it. The wrong
 accuracy and raises no error.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -447,28 +448,50 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Five 4x4 convolutions of stride 2 (section 4.2); `channels` is the width of the first."""
+    """Five convolutions (section 4.2: 4x4 of stride 2); `channels` is the width of the first.
+
+    A convolution of stride 1 has a 3x3 filter instead. It keeps the number of cells.
+    """
 
     if TYPE_CHECKING:
 
         def __call__(self, p: Tensor, /) -> Tensor: ...
 
-    def __init__(self, num_classes: int = 19, channels: int = 64):
+    def __init__(
+        self, num_classes: int = 19, channels: int = 64, strides: Sequence[int] = (2, 2, 2, 2, 2)
+    ):
         super().__init__()
         c = channels
-        self.conv1 = nn.Conv2d(num_classes, c, 4, 2, 1)
-        self.conv2 = nn.Conv2d(c, 2 * c, 4, 2, 1)
-        self.conv3 = nn.Conv2d(2 * c, 4 * c, 4, 2, 1)
-        self.conv4 = nn.Conv2d(4 * c, 8 * c, 4, 2, 1)
-        self.classifier = nn.Conv2d(8 * c, 1, 4, 2, 1)
+        widths = (num_classes, c, 2 * c, 4 * c, 8 * c, 1)
+        self.conv1, self.conv2, self.conv3, self.conv4, self.classifier = (
+            nn.Conv2d(c_in, c_out, 4 if stride == 2 else 3, stride, 1)
+            for c_in, c_out, stride in zip(widths, widths[1:], strides, strict=False)
+        )
+        self.least = math.prod(strides)  # pixels of a side that make one cell
 
     def forward(self, p: Tensor) -> Tensor:
-        """Prediction map B C H W -> logits of the domain, B 1 H/32 W/32."""
-        if min(p.shape[-2:]) < 32:
-            raise ValueError(f"D halves a map five times: {tuple(p.shape)} is under 32 on a side")
+        """Prediction map B C H W -> logits of the domain, B 1 H/32 W/32 by the paper's strides."""
+        if min(p.shape[-2:]) < self.least:
+            raise ValueError(
+                f"D makes one cell of {self.least} pixels, but the map is {tuple(p.shape[-2:])}: "
+                "give larger images, or --d-strides with fewer 2s"
+            )
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             p = F.leaky_relu(conv(p), 0.2)
         return self.classifier(p)
+
+
+def cells_of(strides: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
+    """How many rows and columns of answers D gives for a map of H W."""
+    return size[0] // math.prod(strides), size[1] // math.prod(strides)
+
+
+def receptive_field(strides: Sequence[int]) -> int:
+    """How many pixels of a side one of D's answers depends on: 94 with the paper's strides."""
+    pixels = 1
+    for stride in reversed(strides):
+        pixels = pixels * stride + (4 if stride == 2 else 3) - stride
+    return pixels
 
 
 def set_batchnorm(module: nn.Module, *, train_affine: bool, batch_statistics: bool) -> None:

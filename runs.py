@@ -31,7 +31,7 @@ import clan
 import train
 from checkpoints import BEFORE, owned, read_checkpoint, read_metadata, save, saved
 from devices import find_device, machine
-from methods import ADVERSARIAL, CLAN_ONLY, METHODS, unused_fields
+from methods import ADVERSARIAL, CLAN_ONLY, D_SHAPE, METHODS, unused_fields
 from settings import FREE, Flags, Settings, configure, flag_of, refuse_other_version
 
 
@@ -68,9 +68,9 @@ class Study:
         """
         if change.get("method") == "tan":
             change = self.tan | change
-        # No loss of source only reads D's width. But D's weights are in the checkpoint that it
+        # No loss of source only reads D's shape. But D's weights are in the checkpoint that it
         # shares with TAN.
-        unused = unused_fields(change.get("method", clan.Hyper.method)) - {"d_channels"}
+        unused = unused_fields(change.get("method", clan.Hyper.method)) - D_SHAPE
         flags = {k: v for k, v in (self.flags | change).items() if k not in unused}
         usual, fields = all_fields(self.flags), all_fields(flags)
         changed = [k for k in sorted(change) if k in flags and k != "method"]
@@ -115,7 +115,7 @@ def finished(flags: Flags) -> dict | None:
     refuse_other_version(last, metadata)
     wanted, found = all_fields(flags), metadata["settings"]
     compared = wanted.keys() - (FREE - {"src_dir", "tgt_dir"})
-    compared -= unused_fields(wanted["method"]) - {"d_channels"}
+    compared -= unused_fields(wanted["method"]) - D_SHAPE
     changed = [k for k in sorted(compared) if wanted[k] != found.get(k)]
     if changed:
         was = ", ".join(f"{flag_of(k)} {found.get(k)}, now {wanted[k]}" for k in changed)
@@ -124,7 +124,7 @@ def finished(flags: Flags) -> dict | None:
 
 
 # Fields that no step before adv_start reads, because these steps do not use the target.
-ADAPTATION_ONLY = ADVERSARIAL - {"d_channels"} | {"lambda_local", "eps", "adaptive_start"}
+ADAPTATION_ONLY = ADVERSARIAL - D_SHAPE | {"lambda_local", "eps", "adaptive_start"}
 ADAPTATION_ONLY |= {"detach_m", "m_control", "shift"}
 
 
@@ -138,7 +138,7 @@ def warm_up(flags: Flags) -> str:
     kind = method.warm_up
     if kind == "source":  # these steps read no field of Eq. 4 or of another method
         unread = CLAN_ONLY | unused_fields("source")
-        fields = {k: v for k, v in fields.items() if k not in unread - {"d_channels"}}
+        fields = {k: v for k, v in fields.items() if k not in unread - D_SHAPE}
     fields |= {"method": kind, "has_d": method.has_d, "has_state": bool(method.first_state)}
     # "batch" and "before" differ only after adv_start
     fields |= {"batchnorm": clan.uses_batch_statistics(0, hyper)}

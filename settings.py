@@ -25,6 +25,7 @@ from methods import METHODS, own_fields, unused_fields
 from models import BACKBONES, check_choice, has_imagenet, lineage_for
 
 Compile = Literal["auto", "off", "on", "blocks"]
+Looks = Literal["game", "mixed"]
 Cudnn = Literal["auto", "fastest", "deterministic"]
 Flags = dict[str, Any]  # the flags that were given, by field
 
@@ -43,6 +44,7 @@ class Settings:
     backbone: str = "auto"  # auto: tiny for streets to streets, else r101
     lineage: str | None = None  # whose first weights: caffe or torchvision; default: by --init
     init: str = "auto"  # first weights of G: a file, imagenet or none; auto: imagenet if any
+    looks: Looks = "game"  # of streets as the source; mixed: each scene's own, as for photographs
     shift: tuple[float, float] = (0.5, 0.5)  # how streets' city differs from its game: look, layout
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
     seed: int = 0  # for the initial weights, the order of the samples and their augmentation
@@ -55,6 +57,7 @@ class Settings:
     recompute: bool = False  # compute E's blocks again in the backward pass: less memory, slower
     workers: int = -1  # processes that read images; -1: one a core, at most 8; none for streets
     log_every: int = 50  # steps between lines of metrics.jsonl
+    split: Literal["val", "dev"] = "val"  # of the target to score on; dev: to choose settings by
     eval_every: int = 0  # steps between scores on the target's val split; 0: only at the end
     save_every: int = 1000  # steps between checkpoints
     keep: int = 3  # how many checkpoints to keep
@@ -71,6 +74,10 @@ class Settings:
                 raise ValueError(f"--{side}-size must be at least 32 32: D halves it five times")
             if getattr(self, side) == "streets" and getattr(self, f"{side}_dir"):
                 raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
+        if self.src != "streets" and self.looks != Settings.looks:
+            raise ValueError(f"--looks is only for --src streets: drop it, or --src {self.src}")
+        if self.tgt not in ("streets", "auto") and self.split == "dev":
+            raise ValueError(f"--split dev is only for --tgt streets: drop it, or --tgt {self.tgt}")
         if self.tgt not in ("streets", "auto") and self.shift != (0.5, 0.5):
             raise ValueError(f"--shift is only for --tgt streets: drop it, or --tgt {self.tgt}")
 

@@ -77,7 +77,7 @@ POPULATION = {
 
 FOCAL = 1.6  # s of a thing one eye height away
 THIN = 1.5 / 128  # least width of a pole, so that it is seen at 128 pixels
-DOMAINS = ("game", "city")
+DOMAINS = ("game", "city", "mixed")
 
 # Colours (rrggbb) of each ink: variants in game / in city; an instance takes one variant of each.
 # The numbers of variants differ so that shirts, trousers and skins combine freely.
@@ -106,9 +106,13 @@ INKS = {
     "amber": "403008 ffb000 403008 / 403c34 d0a050 403c34",
     "green": "0c4018 0c4018 20ff60 / 344038 344038 60b890",
     "tail": "ff2020 / d05040",
-    "sign": "ffe800 ff2828 2060ff / c8a840 a84848 506c98",
+    "sign": "ffe800 ff2828 2060ff 18a048 / c8a840 a84848 506c98 406850",
+    "warn": "ff2020 / b04c4c",
     "rim": "ffffff / d0ccc4",
+    "back": "a0a0b0 9090a0 / 686c6c 5c6060",
     "skin": "f0b890 c88860 885030 / c09080 906858 604840",
+    "hair": "402010 181010 c89030 703818 / 2c2420 1c1a1c 786850 3c2c28",
+    "coat": "d82878 8028c0 e050d0 60208c / 2c3038 4c4440 24282c 6c5c54",
     "shirt": "ff30a0 e020d0 ffc0e8 a030ff f04060 / 783c60 404868 a89890 584048 403c50",
     "trousers": "401880 501060 302098 581048 / 34303c 443c48",
     "rider": "ffa000 ff8020 f8c000 / 8c6440 78583c a07c48",
@@ -150,6 +154,13 @@ THINGS = {
     "person": (
         *_pair("box", .03, 0, .17, .50, "trousers", 11), ("box", -.27, .52, .27, .88, "shirt", 11),
         ("box", -.19, .45, .19, .94, "shirt", 11), ("disc", -.12, .90, .12, 1.16, "skin", 11)),
+    "walker": (  # seen from behind, a leg in front, with a bag
+        ("box", -.20, 0, -.06, .50, "trousers", 11), ("box", .04, .06, .18, .50, "trousers", 11),
+        ("taper", -.24, .44, .24, .95, "shirt", 11), ("box", .16, .40, .32, .66, "hair", 11),
+        ("disc", -.12, .92, .12, 1.17, "hair", 11)),
+    "coat": (
+        *_pair("box", .04, 0, .15, .26, "trousers", 11), ("taper", -.28, .22, .28, .96, "coat", 11),
+        ("disc", -.12, .90, .12, 1.16, "skin", 11), ("box", -.11, 1.04, .11, 1.18, "hair", 11)),
     "bicycle": BICYCLE,
     "cyclist": (
         *BICYCLE, ("box", -.12, .22, .10, .72, "trousers", 12),
@@ -179,6 +190,12 @@ THINGS = {
     "lamp": (
         ("pole", -.05, 0, .05, 3.80, "pole", 5), ("box", -.05, 3.70, .90, 3.84, "pole", 5),
         ("box", .55, 3.56, .95, 3.76, "rim", 5)),
+    "lantern": (
+        ("pole", -.06, 0, .06, 2.90, "box", 5), ("taper", -.24, 2.82, .24, 3.40, "rim", 5),
+        ("box", -.28, 3.36, .28, 3.50, "box", 5)),
+    "post": (  # thick at its foot, with an arm that hangs a light over the road
+        ("pole", -.11, 0, .11, .90, "pole", 5), ("pole", -.06, .90, .06, 4.30, "pole", 5),
+        ("box", -.70, 4.18, .70, 4.32, "pole", 5)),
     "light": (
         ("pole", -.06, 0, .06, 2.60, "pole", 5), ("box", -.22, 1.70, .22, 2.72, "box", 6),
         ("disc", -.17, 2.38, .17, 2.68, "red", 6), ("disc", -.17, 2.06, .17, 2.36, "amber", 6),
@@ -186,13 +203,35 @@ THINGS = {
     "disc": (
         ("pole", -.05, 0, .05, 1.90, "pole", 5), ("disc", -.34, 1.56, .34, 2.24, "rim", 7),
         ("disc", -.28, 1.62, .28, 2.18, "sign", 7), ("box", -.20, 1.85, .20, 1.95, "rim", 7)),
+    "warning": (
+        ("pole", -.05, 0, .05, 1.60, "pole", 5), ("wedge", -.44, 1.50, .44, 2.30, "warn", 7),
+        ("wedge", -.28, 1.58, .28, 2.12, "rim", 7), ("box", -.05, 1.64, .05, 1.92, "box", 7)),
     "board": (
         ("pole", -.05, 0, .05, 1.90, "pole", 5), ("box", -.34, 1.50, .34, 2.20, "rim", 7),
         ("box", -.28, 1.56, .28, 2.14, "sign", 7)),
+    "arrow": (  # a way sign with a line of text
+        *_pair("pole", .28, 0, .36, 1.60, "pole", 5), ("box", -.52, 1.55, .52, 2.05, "sign", 7),
+        ("box", -.40, 1.76, .28, 1.84, "rim", 7), ("box", .26, 1.68, .38, 1.92, "rim", 7)),
+    "back": (  # for the other direction
+        ("pole", -.05, 0, .05, 2.10, "pole", 5), ("box", -.33, 1.52, .33, 2.18, "back", 7)),
     "tree": (
-        ("pole", -.12, 0, .12, 1.90, "trunk", 8), ("disc", -1.0, 1.30, .35, 2.75, "leaf", 8),
-        ("disc", -.30, 1.40, 1.0, 2.70, "leaf", 8), ("disc", -.70, 1.90, .75, 3.40, "leaf", 8),
-        ("disc", -.55, 2.35, .30, 3.25, "sprout", 8)),
+        ("pole", -.12, 0, .12, 1.90, "trunk", 8), ("crown", -1.0, 1.30, .35, 2.75, "leaf", 8),
+        ("crown", -.30, 1.40, 1.0, 2.70, "leaf", 8), ("crown", -.70, 1.90, .75, 3.40, "leaf", 8),
+        ("crown", -.55, 2.35, .30, 3.25, "sprout", 8)),
+    "conifer": (
+        ("pole", -.10, 0, .10, .70, "trunk", 8), ("wedge", -.85, .50, .85, 2.30, "leaf", 8),
+        ("wedge", -.72, 1.30, .72, 3.00, "leaf", 8), ("wedge", -.55, 2.10, .55, 3.70, "sprout", 8)),
+    "bare": (  # the sky shows between the twigs, and is labelled with them
+        ("pole", -.11, 0, .11, 2.10, "trunk", 8), ("twigs", -1.0, 1.20, .40, 2.90, "trunk", 8),
+        ("twigs", -.40, 1.30, 1.0, 2.80, "trunk", 8), ("twigs", -.75, 1.90, .75, 3.50, "trunk", 8)),
+}
+# What an object may look like, one of these each; kinds that are not listed have one look.
+LOOKS = {
+    "tree": ("tree", "tree", "bare", "conifer", "tree"),
+    "lamp": ("lamp", "lantern", "post"),
+    "disc": ("disc", "warning", "disc"),
+    "board": ("board", "arrow", "back"),
+    "person": ("person", "walker", "coat"),
 }
 # Sides of vehicles: half width, class, then (from, bottom, to, top, ink, panes), from and to in
 # eye heights behind the face that is turned to us; panes > 0 leaves gaps at that period.
@@ -226,13 +265,18 @@ def render(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scene `index` of a domain: image uint8 (H, W, 3) RGB and label uint8 (H, W) of train ids.
 
-    domain: "game" or "city". size: (H, W) in pixels. shift and layout in [0, 1]: how much the
-    city differs from the game in appearance, and in geometry and class frequency; the game ignores
-    them. A pure function of its arguments. Raises ValueError for arguments outside these ranges.
+    domain: "game", "city" or "mixed". size: (H, W) in pixels. shift and layout in [0, 1]: how much
+    the city differs from the game in appearance, and in geometry and class frequency. The others
+    ignore them: mixed has the game's geometry, and each of its scenes an appearance of its own
+    between game and city. A pure function of its arguments. Raises ValueError for arguments outside
+    these ranges.
     """
     _check(index, domain, size, shift, layout)
-    shift, layout = (shift, layout) if domain == "city" else (0.0, 0.0)
     key = [seed, DOMAINS.index(domain), index]
+    if domain != "city":
+        mixed = domain == "mixed"
+        look = int(np.random.default_rng([*key, 2]).integers(33)) / 32  # of this scene
+        shift, layout = look if mixed else 0.0, 0.0
     rng = np.random.default_rng(key)  # the scene: the same draws at every size
     canvas = _canvas(rng, size, shift)
     street = _street(rng, layout)
@@ -251,7 +295,7 @@ def render(
 
 def _check(index, domain, size, shift, layout):
     if domain not in DOMAINS:
-        raise ValueError(f"domain is {domain!r}, but must be 'game' or 'city'")
+        raise ValueError(f"domain is {domain!r}, but must be 'game', 'city' or 'mixed'")
     if index < 0:
         raise ValueError(f"index is {index}, but scenes are numbered from 0")
     if min(size) < 16:
@@ -296,7 +340,7 @@ def _haze(s, shift):
     return HAZE * shift * 0.08 / (0.08 + s)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _inks(shift: float) -> dict[str, np.ndarray]:
     """The colours of INKS at a strength of the shift; city's variants are the game's, moved."""
     table = {}
@@ -335,8 +379,23 @@ def _span(a: float, b: float, n: int) -> slice:
     return slice(max(i, 0), max(j, 0))
 
 
-def _shape(canvas, shape, x0, y0, x1, y1, colour, cls):
-    """Paint a box, a disc (ellipse) or a taper (narrower towards its top) into the rectangle."""
+# Lumps of foliage: a fixed pattern, from which every tree takes its own part.
+LUMPS = np.random.default_rng(0).random((64, 64), np.float32)
+
+
+def _lumps(across, down, cells, pick):
+    """The pattern at (rows, 1) and (columns,), `cells` lumps to a unit."""
+    rows = (np.floor(down * cells).astype(np.int32) + pick) & 63
+    columns = (np.floor(across * cells).astype(np.int32) + pick // 64) & 63
+    return LUMPS[rows, columns]
+
+
+def _shape(canvas, shape, x0, y0, x1, y1, colour, cls, pick=0):
+    """Paint a shape into the rectangle.
+
+    box; disc (ellipse); taper (narrower towards its top); wedge (a triangle); crown (foliage with
+    a ragged outline, lit from above); twigs (a crown that is painted in part, labelled as a whole).
+    """
     h, w = canvas.label.shape
     area = _span(y0, y1, h), _span(x0, x1, w)
     if shape == "box":
@@ -345,12 +404,24 @@ def _shape(canvas, shape, x0, y0, x1, y1, colour, cls):
             canvas.label[area] = cls
         return
     across = (canvas.xs[area[1]] - (x0 + x1) / 2) * (2 / (x1 - x0))
-    down = canvas.ys[area[0]]
-    if shape == "disc":
-        inside = across**2 + ((down - (y0 + y1) / 2) * (2 / (y1 - y0))) ** 2 < 1
+    down = (canvas.ys[area[0]] - (y0 + y1) / 2) * (2 / (y1 - y0))
+    painted = inside = None
+    if shape == "taper":
+        inside = np.abs(across) < 0.85 + 0.15 * down
+    elif shape == "wedge":
+        inside = np.abs(across) < 0.5 + 0.5 * down
     else:
-        inside = np.abs(across) < 0.7 + 0.3 / (y1 - y0) * (down - y0)
-    canvas.image[area][inside] = colour
+        inside = across**2 + down**2 < 1
+    if shape in ("crown", "twigs"):
+        coarse, fine = _lumps(across, down, 3.0, pick), _lumps(across, down, 6.5, pick)
+        inside = across**2 + down**2 < 0.55 + 0.9 * coarse
+        if shape == "twigs":
+            painted = inside & (fine < 0.55)
+        shade = (0.62 + 0.5 * fine + 0.3 * coarse) * (1 - 0.18 * down)
+        colour = (colour * shade[..., None]).astype(np.float32)
+    if painted is None:
+        painted = inside
+    canvas.image[area][painted] = colour[painted] if colour.ndim == 3 else colour
     if cls is not None:
         canvas.label[area][inside] = cls
 
@@ -530,7 +601,14 @@ def _paint_plots(canvas, rng, image, label, front, plot, lot, picks):
             colours = colours * np.where(u * 2.5 % 1 < 0.3, 0.6, 1.0)[:, None]
         colours = colours + _haze(front, canvas.shift)[:, None] * (canvas.fog - colours)
         inside = (v >= 0) & (v < height) & which[plot]
-        image[inside] = np.broadcast_to(colours.astype(np.float32), image.shape)[inside]
+        painted, shade = inside, 1.0
+        if cls == 4:  # every other fence is a railing: what is behind shows between its bars
+            rails = (u * 2.5 % 1 < 0.35) | (np.abs(v - 0.92 * height) < 0.08)
+            painted = inside & (rails | (picks[plot] % 2 == 0))
+        if cls == 8:
+            shade = (0.7 + 0.6 * _lumps(u, v, 3.0, int(picks[0])))[..., None]
+        colours = np.broadcast_to(colours, image.shape) * shade
+        image[painted] = colours[painted].astype(np.float32)
         label[inside] = cls
 
 
@@ -573,14 +651,17 @@ def _paint_thing(canvas, s, x, kind, pick):
         _shape(canvas, "box", fx - w, fy - 0.05 * s, fx + w, fy + 0.06 * s, shade, None)
         _paint_side(canvas, s, x, kind, pick)
     turn = -1 if pick // 5 % 2 else 1  # some cycles ride the other way
-    for shape, x0, h0, x1, h1, ink, cls in THINGS[kind]:
+    looks = LOOKS.get(kind, (kind,))
+    build = 0.9 + 0.2 * (pick % 13) / 12 if kind in LOOKS else 1.0  # no two are of one height
+    for shape, x0, h0, x1, h1, ink, cls in THINGS[looks[pick // 3 % len(looks)]]:
         if ink == "lamp":
             ink = "tail" if x > 0 else "plate"  # tail lights in our lanes, head lights opposite
         half, cx = (x1 - x0) * s / 4, fx + turn * (x0 + x1) * s / 4
         if shape == "pole":
             shape, half = "box", max(half, THIN / 2)
         colour = canvas.ink(ink, pick, s)
-        _shape(canvas, shape, cx - half, fy - h1 * s, cx + half, fy - h0 * s, colour, cls)
+        box = cx - half, fy - h1 * build * s, cx + half, fy - h0 * build * s
+        _shape(canvas, shape, *box, colour, cls, pick)
 
 
 def _paint_side(canvas, s, x, kind, pick):
@@ -620,7 +701,7 @@ def _photograph(canvas, rng, light, shift):
 
 
 def _sheet(count: int, size: tuple[int, int]) -> np.ndarray:
-    """Contact sheet uint8: a row per scene of game image, its labels, city image, its labels."""
+    """Contact sheet uint8: a row per scene, with image and labels of each domain."""
     rows = []
     for index in range(count):
         row = []
@@ -651,7 +732,7 @@ def main():
     from PIL import Image
 
     Image.fromarray(_sheet(args.count, tuple(args.size))).save(args.out)
-    (fast, pixels, images), (fast2, pixels2, images2) = map(_statistics, DOMAINS)
+    (fast, pixels, images), (fast2, pixels2, images2) = map(_statistics, DOMAINS[:2])
     print(f"{args.out}: game {fast:.0f} images/s, city {fast2:.0f} images/s at 64x128")
     print(f"{'':14} {'game':>6} {'city':>6} % of pixels {'game':>6} {'city':>6} % of images")
     for name, *row in zip(CLASSES, pixels, pixels2, images, images2, strict=True):

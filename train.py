@@ -47,7 +47,14 @@ from checkpoints import (
 from clan import Batch, Hyper, Phase, Terms
 from compilation import CompiledSteps, what_to_compile
 from methods import METHODS, Method, State, uses_target
-from models import Discriminator, Generator, merge_heads, recompute_blocks, set_batchnorm
+from models import (
+    Discriminator,
+    Generator,
+    cells_of,
+    merge_heads,
+    recompute_blocks,
+    set_batchnorm,
+)
 from runlog import Log, Stop, Stopped, remedies
 from settings import (
     Settings,
@@ -159,6 +166,8 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
 
 # Before the loop.
 
+FEW_CELLS = 8  # on a side of D's answer; the paper's has 16x32
+
 
 def first_step(out: Path, resume: Path | None) -> int:
     """The step that a run begins with. Raises ValueError if its folder holds another run."""
@@ -168,7 +177,7 @@ def first_step(out: Path, resume: Path | None) -> int:
 
 
 def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataSet]:
-    """Source and target for training, and the target's validation split."""
+    """Source and target for training, and the target's split to score on."""
 
     def folder(name: str, flag: Path | None) -> Path | None:
         return flag or data.default_folder(name, settings.data)
@@ -177,12 +186,13 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     tgt_dir = folder(tgt, settings.tgt_dir)
     size = settings.tgt_size
     target = data.open_dataset(tgt, "target", "train", tgt_dir, size, labels="none", shift=shift)
-    val = data.open_dataset(tgt, "target", "val", tgt_dir, target.size, shift=shift)
+    val = data.open_dataset(tgt, "target", settings.split, tgt_dir, target.size, shift=shift)
     src_size = settings.src_size
     if settings.src == "streets" and not src_size:  # drawn at the size of its target
         src_size = target.size
     src_dir = folder(settings.src, settings.src_dir)
-    source = data.open_dataset(settings.src, "source", "train", src_dir, src_size)
+    mixed = settings.looks == "mixed"
+    source = data.open_dataset(settings.src, "source", "train", src_dir, src_size, mixed=mixed)
     return source, target, val
 
 
@@ -199,7 +209,8 @@ def first_networks(
         devices.keep_freed_memory()
     torch.manual_seed(settings.seed)
     G = Generator(settings.backbone, num_classes, settings.lineage, hyper.head_std)
-    D = Discriminator(num_classes, hyper.d_channels) if METHODS[hyper.method].has_d else None
+    has_d = METHODS[hyper.method].has_d
+    D = Discriminator(num_classes, hyper.d_channels, hyper.d_strides) if has_d else None
     if settings.init != "none" and not resume:
         load_weights(G, settings.init, say=console.print)
     if settings.merge_heads:
@@ -238,13 +249,22 @@ def introduce(
     device: torch.device,
     console: Console,
 ) -> None:
-    """Say what will run, and which classes will not be scored."""
+    """Say what will run, whether D can tell places apart, and which classes will not be scored."""
+    rows, columns = cells_of(hyper.d_strides, target.crop if hyper.crop else target.size)
+    adversarial = METHODS[hyper.method].has_d and METHODS[hyper.method].reads_target
     console.print(
         f"{settings.src} ({len(source)} images, {source.size[0]}x{source.size[1]}) to "
         f"{settings.tgt} ({len(target)}, {target.size[0]}x{target.size[1]}), {settings.backbone}, "
-        f"{hyper.method}, {hyper.steps} steps, {device}, into {settings.out}",
+        f"{hyper.method}, {f'D of {rows}x{columns} cells, ' * adversarial}{hyper.steps} steps, "
+        f"{device}, into {settings.out}",
         soft_wrap=True,
     )
+    if adversarial and min(rows, columns) < FEW_CELLS:
+        console.print(
+            f"warning: D answers with {rows}x{columns} numbers for an image, so the place of the "
+            "weight cannot matter: give --d-strides with fewer 2s",
+            soft_wrap=True,
+        )
     _, _, left_out = data.shared_classes(source, val)
     if left_out:
         console.print(f"not scored, in one data set only: {', '.join(left_out)}", soft_wrap=True)
@@ -403,7 +423,7 @@ def finish(
     if devices.ranks()[0] > 0:
         return columns["after"]
     paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, hyper.method)
-    title = f"IoU on {settings.tgt} val, %"
+    title = f"IoU on {settings.tgt} {settings.split}, %"
     console.print(evaluation.score_table(title, {**columns, "paper": paper}))
 
     path = newest_checkpoint(out)  # the loop's last

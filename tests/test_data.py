@@ -634,3 +634,32 @@ def test_data_a_bad_file_found_by_a_worker_is_one_sentence(tmp_path, workers):
         with pytest.raises(ValueError, match="cannot be read") as caught:
             list(data.checked(loader))
         assert "\n" not in str(caught.value)
+
+
+# Looks and splits of streets.
+
+
+def test_data_mixed_streets_have_a_look_each_between_game_and_city():
+    """The scenes of one run differ in look. A scene is the same at every call."""
+    mixed = data.open_dataset("streets", "source", "train", mixed=True)
+    images = [data.image_at(mixed, i).astype(float) for i in range(12)]
+    assert all((data.image_at(mixed, i) == image).all() for i, image in enumerate(images))
+    skies = np.array(
+        [image[:6].mean(axis=(0, 1)) for image in images]
+    )  # blue in game, grey in city
+    blueness = skies[:, 2] - skies[:, 0]
+    assert blueness.max() - blueness.min() > 60
+    plain = data.open_dataset("streets", "source", "train")
+    game = np.array([data.image_at(plain, i)[:6].mean(axis=(0, 1)) for i in range(12)])
+    assert (game[:, 2] - game[:, 0]).min() > blueness.min()
+    target = data.open_dataset("streets", "target", "train", mixed=True)
+    assert target.items == data.open_dataset("streets", "target", "train").items
+
+
+@pytest.mark.parametrize("role", ("source", "target"))
+def test_data_the_splits_of_streets_share_no_scene(role):
+    scenes = [
+        set(data.open_dataset("streets", role, split).items) for split in ("train", "dev", "val")
+    ]
+    assert all(len(split) >= 250 for split in scenes)
+    assert len(set.union(*scenes)) == sum(map(len, scenes))

@@ -112,11 +112,6 @@ def test_models_discriminator_leaks_with_a_slope_of_a_fifth():
     torch.testing.assert_close(D(x), y)
 
 
-def test_models_discriminator_refuses_maps_that_halve_to_nothing():
-    with pytest.raises(ValueError, match="under 32 on a side"):
-        models.Discriminator(5, 4)(torch.rand(1, 5, 31, 64))
-
-
 @pytest.mark.parametrize(
     ("lineage", "order", "mean", "std"),
     (
@@ -456,3 +451,42 @@ def test_models_merged_heads_and_recomputed_blocks_are_refused_where_they_do_not
         ("--recompute", "vgg16 has no residual blocks: drop --recompute"),
     ):
         assert sentence in run_error(*flags, flag, "--out", str(tmp_path / flag.strip("-")))
+
+
+# D's grid.
+
+
+@pytest.mark.parametrize(
+    ("strides", "field"),
+    (((2, 2, 2, 2, 2), 94), ((2, 2, 2, 1, 1), 54), ((2, 2, 1, 1, 1), 34), ((1, 1, 1, 1, 1), 11)),
+)
+def test_models_d_sees_what_its_strides_say(strides, field):
+    """The grid of its answer, and how far the input reaches that one answer depends on."""
+    D = models.Discriminator(3, 4, strides).double()
+    size = (160, 224)
+    p = torch.rand(1, 3, *size, dtype=torch.float64, generator=seeded()).requires_grad_()
+    answer = D(p)
+    rows, columns = answer.shape[-2:]
+    assert (rows, columns) == models.cells_of(strides, size)
+    (gradient,) = torch.autograd.grad(answer[0, 0, rows // 2, columns // 2], p)
+    reached = gradient[0].abs().sum(dim=0).nonzero()
+    seen = (reached.max(dim=0).values - reached.min(dim=0).values + 1).tolist()
+    assert seen == [field, field] and models.receptive_field(strides) == field
+
+
+def test_models_the_default_d_is_the_papers():
+    """Names and shapes, which older checkpoints have."""
+    shapes = {name: tuple(p.shape) for name, p in models.Discriminator().named_parameters()}
+    widths = (19, 64, 128, 256, 512, 1)
+    names = ("conv1", "conv2", "conv3", "conv4", "classifier")
+    for name, c_in, c_out in zip(names, widths, widths[1:], strict=False):
+        assert shapes[f"{name}.weight"] == (c_out, c_in, 4, 4) and shapes[f"{name}.bias"] == (
+            c_out,
+        )
+    assert len(shapes) == 10
+
+
+def test_models_d_refuses_a_map_that_makes_no_cell():
+    with pytest.raises(ValueError, match="one cell of 32 pixels, but the map is"):
+        models.Discriminator(3, 4)(torch.rand(1, 3, 31, 64))
+    assert models.Discriminator(3, 4, (2, 2, 1, 1, 1))(torch.rand(1, 3, 4, 4)).shape[-1] == 1
