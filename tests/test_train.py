@@ -748,7 +748,7 @@ def test_train_says_how_many_cells_d_has_and_warns_of_few(few, tmp_path, capsys)
         assert metadata["settings"]["d_strides"] == [int(x) for x in strides.split()]
     source = " ".join(SMALL).replace("--d-channels 4", "--method source").split()
     train.main([*source, "--out", str(tmp_path / "source")])
-    assert "cells" not in capsys.readouterr().out
+    assert "D of" not in capsys.readouterr().out
     assert "d_strides (2, 3, 2, 2, 2) must be five numbers" in run_error("--d-strides", *"23222")
 
 
