@@ -29,6 +29,7 @@ from torch._dynamo.testing import CompileCounter
 import clan
 import compilation
 import models
+import train
 from clan import PAPER, RELEASED, Batch
 from compilation import CompiledSteps, Switch, compare, evaluate, what_to_compile
 from methods import METHODS
@@ -448,7 +449,7 @@ def test_compilation_inductor_is_used_with_up_sampling_by_products(
     for step in (3, 4):
         (out / f"step_{step:07d}.safetensors").unlink()
     torch._dynamo.reset()
-    run(out, "--resume", str(out))
+    train.main(["--resume", str(out)])
     assert_equal(last_tensors(out), whole)
 
 
