@@ -13,7 +13,7 @@ Shapes: B images, C classes, H W pixels. The last checkpoint of a run is its res
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import clan
 import data
 from checkpoints import newest_checkpoint, read_metadata
 from classes import CLASSES, LABEL_IDS, SYNTHIA_13, SYNTHIA_ABSENT, palette_of
@@ -39,7 +40,9 @@ from devices import (
     share_buffers,
     uses_bfloat16,
 )
+from losses import discrepancy_map
 from methods import METHODS
+from models import Generator
 from weights import load_generator
 
 
@@ -106,6 +109,25 @@ def best_class(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         pred.masked_fill_(up > best, c)
         torch.maximum(best, up, out=best)
     return pred
+
+
+@torch.no_grad()
+def ensemble_and_m(
+    G: Generator, image: torch.Tensor, size: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(p, M) of one image 3 H W on the CPU: the ensemble C h' w', the discrepancy h' w'."""
+    G.eval()
+    images = image[None].to(next(G.parameters()).device)
+    logits_1, logits_2 = (clan.upsample(x, size) for x in G(images))
+    m = discrepancy_map(logits_1.softmax(dim=1), logits_2.softmax(dim=1))
+    return (logits_1 + logits_2).softmax(dim=1)[0].cpu(), m[0, 0].cpu()
+
+
+def spread_images(dataset: data.DataSet, count: int) -> Iterator[tuple]:
+    """(index, image 3 H W, label H' W') of at most `count` images, evenly spread over a split."""
+    picks = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    pairs = data.Pairs(dataset)
+    yield from data.checked(pairs[int(i)] for i in picks)
 
 
 def evaluate(

@@ -6,7 +6,7 @@
 Each makes the runs that it needs and writes pictures and tables to the folder of the study.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import eval as evaluation
 from checkpoints import BEFORE, newest_checkpoint, of_steps, read_metadata
 from classes import INFREQUENT, palette_of
 from devices import find_device
-from losses import discrepancy_map
 from methods import METHODS
 from models import Discriminator, Generator
 from runs import (
@@ -30,7 +29,6 @@ from runs import (
     Study,
     difference,
     mean_and_deviation,
-    metrics,
     miou,
     run_cells,
     run_groups,
@@ -64,15 +62,8 @@ def open_target(flags: Flags) -> tuple[data.DataSet, data.DataSet, np.ndarray]:
 def first_seed(study: Study) -> tuple[dict[str, Flags], dict[str, list[dict]]]:
     """Runs of all methods on the first seed, made if missing: (cells, results) by method."""
     groups = {method: [study.cell(study.seeds[0], method=method)] for method in study.methods}
-    results = run_groups(study, groups)
+    results = run_groups(study, groups, checkpoints=True)
     return {m: group[0] for m, group in groups.items()}, results
-
-
-def spread_images(dataset: data.DataSet, count: int) -> Iterator[tuple]:
-    """(index, image 3 H W, label H' W') of at most `count` images, evenly spread over a split."""
-    picks = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-    pairs = data.Pairs(dataset)
-    yield from data.checked(pairs[int(i)] for i in picks)
 
 
 @torch.no_grad()
@@ -88,7 +79,7 @@ def labelled_features(
     device = next(G.parameters()).device
     to_source = torch.from_numpy(to_source_ids)
     G.eval()
-    for i, image, label in spread_images(dataset, count):
+    for i, image, label in evaluation.spread_images(dataset, count):
         x = G.features(image[None].to(device))
         x = (x[-1] if isinstance(x, tuple) else x)[0].float().cpu()  # d h w
         label = to_source[label.int()][None, None].float()
@@ -211,19 +202,13 @@ def bars(ax: Any, names: list[str], groups: dict[str, list[float]]) -> None:
 EPS, SLOPES = (0.1, 0.2, 0.4, 0.8), (10.0, 20.0, 40.0, 80.0)
 
 
-def d_loss(flags: Flags) -> float:
-    """The mean loss of D over the last fifth of the adversarial steps of a finished run."""
-    values = [line["d"] for line in metrics(flags["out"]) if "d" in line]
-    return float(np.mean(values[-max(1, len(values) // 5) :]))
-
-
 def params(study: Study) -> None:
     """Figure 4 (right): target mIoU (bars) and D's loss (line) over eps and lambda_local."""
     groups: dict = {"TAN": study.cells(method="tan")}
     groups |= {("eps", v): study.cells(eps=v, lambda_local=40.0) for v in EPS}
     groups |= {("lambda_local", v): study.cells(eps=0.4, lambda_local=v) for v in SLOPES}
     results = run_groups(study, groups)
-    losses = {name: float(np.mean([d_loss(flags) for flags in groups[name]])) for name in groups}
+    losses = {name: spread(r["d_loss"] for r in group)[0] for name, group in results.items()}
     baseline = 100 * spread(map(miou, results["TAN"]))[0]
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -323,18 +308,6 @@ def figure5(study: Study) -> None:
     save_figure(study, figure, f"figure5-{study.task}", [r for g in results.values() for r in g])
 
 
-@torch.no_grad()
-def ensemble_and_m(
-    G: Generator, image: torch.Tensor, size: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(p, M) of one image 3 H W on the CPU: the ensemble C h' w', the discrepancy h' w'."""
-    G.eval()
-    images = image[None].to(next(G.parameters()).device)
-    logits_1, logits_2 = (clan.upsample(x, size) for x in G(images))
-    m = discrepancy_map(logits_1.softmax(dim=1), logits_2.softmax(dim=1))
-    return (logits_1 + logits_2).softmax(dim=1)[0].cpu(), m[0, 0].cpu()
-
-
 def weightmap(study: Study) -> None:
     """What the adaptive weight does: M, the weight and D's answer on one target image.
 
@@ -342,10 +315,10 @@ def weightmap(study: Study) -> None:
     because only this one has learnt. First seed of CLAN.
     """
     flags = study.cell(study.seeds[0], method="clan")
-    results = run_cells(study, [flags])
+    results = run_cells(study, [flags], checkpoints=True)
     source, val, to_source_ids = open_target(flags)
     _, hyper = configure(flags)
-    _, image, label = next(spread_images(val, 1))
+    _, image, label = next(evaluation.spread_images(val, 1))
     last = newest_checkpoint(flags["out"])
     start = flags["out"] / BEFORE
     if not start.exists():  # adversarial from the first step on
@@ -358,7 +331,9 @@ def weightmap(study: Study) -> None:
     left = {"target image": image.permute(1, 2, 0), "truth": palette[to_source_ids[label.numpy()]]}
     for row, (name, pixels), path in zip(axes, left.items(), (start, last), strict=True):
         step = read_metadata(path)["step"]
-        p, m = ensemble_and_m(load(path, torch.device("cpu")), image, tuple(image.shape[-2:]))
+        p, m = evaluation.ensemble_and_m(
+            load(path, torch.device("cpu")), image, tuple(image.shape[-2:])
+        )
         with torch.no_grad():
             answer = clan.domain_logits(D, p[None])[0, 0].sigmoid()
         row[0].imshow(pixels)

@@ -6,6 +6,11 @@
 A cell is one run of a study, given by its flags. A finished run is not run again. An interrupted
 one goes on. Runs that are equal until adaptation starts share this warm-up. Sharing changes no bit
 of their results.
+
+Each finished run adds a line to TASK.jsonl in the folder --results: its settings, where it ran, and
+what it found. A study that needs no checkpoint takes a run from there, so it can go on where the
+run folders are gone. Scores of the same settings by another commit count as well: the line names
+its commit, and tables show it.
 """
 
 import contextlib
@@ -28,11 +33,13 @@ from rich.console import Console
 from rich.table import Table
 
 import clan
+import eval as evaluation
 import train
 from checkpoints import BEFORE, owned, read_checkpoint, read_metadata, save, saved
 from devices import find_device, machine
 from methods import ADVERSARIAL, CLAN_ONLY, D_SHAPE, METHODS, unused_fields
 from settings import FREE, Flags, Settings, configure, flag_of, refuse_other_version
+from weights import load_generator
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Study:
     seeds: tuple[int, ...]
     runs: Path
     to: Path
+    results: Path  # the folder of recorded runs
     jobs: int  # runs at a time
     images: int  # most images of each domain for measuring features
     curve_class: str  # the class whose cluster distance over training is drawn
@@ -91,6 +99,44 @@ class Study:
 # Running cells.
 
 RESULT = "study.json"  # of a finished run: its scores, time and machine
+# What is recorded of a result besides where it was made.
+KEPT: tuple[str, ...] = ("miou", "miou_13", "miou_before", "iou", "images", "left_out")
+KEPT += ("seconds", "threads", "mean_weight", "d_loss", "d_source", "d_target")
+KEPT += ("confidence", "m", "shares")
+
+
+def same_run(fields: dict) -> dict:
+    """The fields that decide what a run computes. Data folders count by their names."""
+    unused = unused_fields(fields["method"]) - D_SHAPE
+    kept = {k: v for k, v in fields.items() if k not in FREE | unused | {"seed"}}
+    for side in ("src_dir", "tgt_dir"):
+        kept[side] = fields[side] and Path(fields[side]).name
+    return kept
+
+
+def recorded(study: Study, flags: Flags) -> dict | None:
+    """The recorded result of a run with these flags, in the form of `run_cell`'s, else None."""
+    path = study.results / f"{study.task}.jsonl"
+    if not path.exists():
+        return None
+    fields = all_fields(flags)
+    for line in reversed(path.read_text().splitlines()):  # the newest counts
+        found = json.loads(line)
+        if found["settings"] == same_run(fields) and found["seed"] == fields["seed"]:
+            settings = {"settings": fields, "checkpoint": str(flags["out"])}
+            return found["result"] | {k: found[k] for k in ("commit", "machine")} | settings
+    return None
+
+
+def record(study: Study, flags: Flags, result: dict) -> None:
+    """Add a finished run to the recorded ones. Processes of a study take turns in its parent."""
+    study.results.mkdir(parents=True, exist_ok=True)
+    fields = all_fields(flags)
+    line = {"seed": fields["seed"], "settings": same_run(fields)}
+    line |= {"commit": result["commit"], "machine": result["machine"], "torch": torch.__version__}
+    line["result"] = {k: result[k] for k in KEPT if k in result}
+    with (study.results / f"{study.task}.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def all_fields(flags: Flags) -> dict:
@@ -178,6 +224,8 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
             result = train.train(settings, hyper, start, Console(file=file))
     result["seconds"] = time.monotonic() - since
     result["machine"] = machine(find_device(settings.device)) + " a run"
+    result["threads"] = torch.get_num_threads()
+    result |= logged(flags) | predicted(flags, Path(result["checkpoint"]))
     result["commit"] = read_metadata(Path(result["checkpoint"]))["commit"]
     temporary = out / f"{RESULT}.tmp"
     temporary.write_text(json.dumps(result))
@@ -185,10 +233,68 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
     return result
 
 
-def run_cells(study: Study, cells: list[Flags]) -> list[dict]:
-    """The result of each cell, in order. Missing runs are made, shared warm-ups first."""
+def logged(flags: Flags) -> dict:
+    """What a finished run's log says of the adversarial steps.
+
+    The mean weight of Eq. 5, D's last answers, and D's mean loss over the last fifth of them.
+    """
+    lines = [line for line in metrics(flags["out"]) if "d" in line]
+    weight = mean_weight(flags)
+    found = {} if weight is None else {"mean_weight": weight}
+    if lines:
+        found |= {k: lines[-1][k] for k in ("d_source", "d_target")}
+        found["d_loss"] = float(np.mean([x["d"] for x in lines[-max(1, len(lines) // 5) :]]))
+    return found
+
+
+def predicted(flags: Flags, checkpoint: Path, most: int = 100) -> dict:
+    """What a finished run predicts over at most `most` images of its score; no label is read.
+
+    The mean confidence, the mean M, and the share of the pixels by class.
+    """
+    source, _, scored = train.open_all(configure(flags)[0])
+    G, _ = load_generator(checkpoint, say=lambda _: None)
+    confidence, m, counts = [], [], np.zeros(G.num_classes)
+    for _, image, _ in evaluation.spread_images(scored, most):
+        p, m_of_image = evaluation.ensemble_and_m(G, image, image.shape[-2:])
+        best, classes = p.max(dim=0)
+        confidence.append(best.mean().item())
+        m.append(m_of_image.mean().item())
+        counts += np.bincount(classes.flatten().numpy(), minlength=G.num_classes)
+    shares = dict(zip(source.classes, (counts / counts.sum()).tolist(), strict=True))
+    return {"confidence": float(np.mean(confidence)), "m": float(np.mean(m)), "shares": shares}
+
+
+def mean_weight(flags: Flags) -> float | None:
+    """The mean weight of Eq. 5 in a finished CLAN run, over pixels and logged steps."""
+    _, hyper = configure(flags)
+    lines = [line for line in metrics(flags["out"]) if "m" in line]
+    if not lines:
+        return None
+    if hyper.m_control == "mean1":
+        return 1.0
+    weights = [
+        hyper.lambda_local * line["m"] + hyper.eps
+        if clan.phase_at(line["step"] - 1, hyper).adaptive
+        else 1.0
+        for line in lines
+    ]
+    return float(np.mean(weights))
+
+
+def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> list[dict]:
+    """The result of each cell, in order. Missing runs are made, shared warm-ups first.
+
+    checkpoints: the study reads the run folders, so a recorded result is not enough.
+    """
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
-    missing = [flags for flags in cells_of.values() if finished(flags) is None]
+    known = {
+        out: None if checkpoints or finished(flags) else recorded(study, flags)
+        for out, flags in cells_of.items()
+    }
+    missing = [
+        flags for out, flags in cells_of.items() if not known[out] and finished(flags) is None
+    ]
     donors = choose_donors(list(cells_of.values()))
     donor_of = {flags["out"]: donors.get(warm_up(flags)) for flags in missing}
     first = [flags for flags in missing if donor_of[flags["out"]] in (None, flags["out"])]
@@ -198,12 +304,13 @@ def run_cells(study: Study, cells: list[Flags]) -> list[dict]:
         tasks = [(flags, donor_of[flags["out"]]) for flags in wave]
         for flags, result in run_all(tasks, study.jobs):
             done += 1
+            record(study, flags, result)
             score, seconds = 100 * result["miou"], result["seconds"]
             name = flags["out"].name
             print(
                 f"[{done}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
             )
-    return [result_of(flags) for flags in cells]
+    return [known[flags["out"]] or result_of(flags) for flags in cells]
 
 
 def result_of(flags: Flags) -> dict:
@@ -233,9 +340,10 @@ def choose_donors(cells: list[Flags]) -> dict[str, Path]:
     return donors
 
 
-def run_groups(study: Study, groups: dict) -> dict:
+def run_groups(study: Study, groups: dict, checkpoints: bool = False) -> dict:
     """`run_cells` for several lists of cells. Both are by name."""
-    results = iter(run_cells(study, [flags for group in groups.values() for flags in group]))
+    cells = [flags for group in groups.values() for flags in group]
+    results = iter(run_cells(study, cells, checkpoints))
     return {name: [next(results) for _ in group] for name, group in groups.items()}
 
 

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-import clan
 import data
 import eval as evaluation
 from checkpoints import BEFORE, newest_checkpoint
@@ -33,12 +32,10 @@ from figures import (
     bars,
     ccd,
     device_of,
-    ensemble_and_m,
     figure5,
     load,
     open_target,
     params,
-    spread_images,
     tsne,
     weightmap,
 )
@@ -51,7 +48,6 @@ from runs import (
     Study,
     difference,
     mean_and_deviation,
-    metrics,
     miou,
     run_groups,
     save_figure,
@@ -139,9 +135,9 @@ def m_and_errors(
 ) -> list[np.ndarray]:
     """M, 1 - confidence, wrong (bool) and class of labelled pixels, at most `most` of an image."""
     parts = []
-    for i, image, label in spread_images(val, count):
+    for i, image, label in evaluation.spread_images(val, count):
         ids = torch.from_numpy(to_source_ids[label.numpy()])
-        p, m = ensemble_and_m(G, image, ids.shape)
+        p, m = evaluation.ensemble_and_m(G, image, ids.shape)
         confidence, pred = p.max(dim=0)
         seen = (ids < G.num_classes).flatten().nonzero()[:, 0].numpy()
         picks = np.random.default_rng(i).permutation(seen)[:most]
@@ -200,7 +196,7 @@ def disagreement(study: Study) -> None:
     M and whether the prediction is wrong.
     """
     groups = {name: study.cells(**change) for name, change in head_settings(study).items()}
-    results = run_groups(study, groups)
+    results = run_groups(study, groups, checkpoints=True)
     count, device = min(study.images, 100), device_of(study)
     rows, classes = [], {}
     for name, cells in groups.items():
@@ -246,29 +242,12 @@ def disagreement(study: Study) -> None:
 # Does it matter where M puts the weight, or how much weight there is?
 
 
-def mean_weight(flags: Flags) -> float | None:
-    """The mean weight of Eq. 5 in a finished CLAN run, over pixels and logged steps."""
-    _, hyper = configure(flags)
-    lines = [line for line in metrics(flags["out"]) if "m" in line]
-    if not lines:
-        return None
-    if hyper.m_control == "mean1":
-        return 1.0
-    weights = [
-        hyper.lambda_local * line["m"] + hyper.eps
-        if clan.phase_at(line["step"] - 1, hyper).adaptive
-        else 1.0
-        for line in lines
-    ]
-    return float(np.mean(weights))
-
-
-def known_mean_weight(flags: Flags) -> float:
-    """`mean_weight` of a CLAN run. Raises ValueError if it logged no M."""
-    weight = mean_weight(flags)
-    if weight is None:
-        raise ValueError(f"{flags['out']} logged no M: --log-every is larger than its adaptation")
-    return weight
+def known_mean_weight(result: dict) -> float:
+    """The mean weight of a CLAN run. Raises ValueError if it logged no M."""
+    if "mean_weight" not in result:
+        run = result["checkpoint"]
+        raise ValueError(f"{run} logged no M: --log-every is larger than its adaptation")
+    return result["mean_weight"]
 
 
 SCALED = "(a) TAN, lambda_adv times CLAN's mean weight"
@@ -290,14 +269,14 @@ def control(study: Study) -> None:
     }
     results = run_groups(study, groups)
     for regime, shift in regimes.items():
-        rates = [hyper.lambda_adv * known_mean_weight(flags) for flags in groups[regime, "CLAN"]]
+        rates = [hyper.lambda_adv * known_mean_weight(r) for r in results[regime, "CLAN"]]
         groups[regime, SCALED] = [
             study.cell(seed, **shift, method="tan", lambda_adv=rate)
             for seed, rate in zip(study.seeds, rates, strict=True)
         ]
     results = run_groups(study, groups)
     for regime in regimes:
-        control_table(study, regime, groups, results)
+        control_table(study, regime, results)
 
 
 def variants(study: Study) -> dict[str, Flags]:
@@ -323,7 +302,7 @@ def lost_classes(result: dict, baseline: dict) -> int:
     return sum(a < b - 0.02 for a, b in pairs if a is not None and b is not None)
 
 
-def control_table(study: Study, regime: str, groups: dict, results: dict) -> None:
+def control_table(study: Study, regime: str, results: dict) -> None:
     """The control in one regime of streets."""
     results = {name: group for (r, name), group in results.items() if r == regime}
     rows = []
@@ -339,7 +318,7 @@ def control_table(study: Study, regime: str, groups: dict, results: dict) -> Non
             f"{np.mean(lost):.1f}",
         ]
         row += [difference(group, results["TAN"]), difference(group, results["CLAN"])]
-        weight, _ = spread(mean_weight(flags) for flags in groups[regime, name])
+        weight, _ = spread(r.get("mean_weight") for r in group)
         rows.append([*row, "" if np.isnan(weight) else f"{weight:.2f}"])
     header = ["variant", "before", "mIoU", "infrequent", "classes lost"]
     header += ["minus TAN", "minus CLAN", "mean weight"]
@@ -452,7 +431,14 @@ def link(to: Path, path: Path) -> None:
 
 # The program.
 
-FOR_ALL = {"seeds", "quick", "jobs", "runs", "to"}  # flags of this program that every study reads
+FOR_ALL = {
+    "seeds",
+    "quick",
+    "jobs",
+    "runs",
+    "to",
+    "results",
+}  # flags of this program that every study reads
 # Each study and the further flags that it reads.
 COMMANDS: dict[str, tuple[Callable[[Study], None], set[str]]] = {
     "table": (table_1_and_2, {"methods", "tan_lambda_adv"}),
@@ -509,6 +495,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--jobs", type=count_of, help="runs at a time [1]")
     top.add_argument("--runs", type=Path, help="where runs go [runs/study]")
     top.add_argument("--to", type=Path, help="where results go [that of --runs]")
+    top.add_argument("--results", type=Path, help="where each run is recorded [results]")
     top.add_argument("--methods", type=methods_of, help=f"to compare [{','.join(METHODS)}]")
     top.add_argument("--images", type=count_of, help="of each domain to measure features on [1000]")
     top.add_argument("--class", dest="curve_class", help="whose curve ccd draws [wall]")
@@ -539,7 +526,7 @@ def parse(argv: list[str]) -> tuple[list[str], Study]:
     runs = of_study.pop("runs", runs)
     tan = {"lambda_adv": of_study.pop("tan_lambda_adv")} if "tan_lambda_adv" in of_study else {}
     defaults: Flags = {"methods": tuple(METHODS), "jobs": 1, "curve_class": "wall"}
-    defaults |= {"seeds": seeds, "to": runs, "images": images}
+    defaults |= {"seeds": seeds, "to": runs, "images": images, "results": Path("results")}
     command = shlex.join(["python", "study.py", *argv])
     study = Study(flags=flags, tan=tan, runs=runs, command=command, **defaults | of_study)
     return asked, study

@@ -316,6 +316,8 @@ CELLS = f"{CELLS} --log-every 1 --device cpu".split()
 def studied(what: str, folder: Path, *flags: str) -> Path:
     if "images" in study.COMMANDS[what][1] and "--images" not in flags:
         flags = (*flags, "--images", "6")
+    if "--results" not in flags:
+        flags = (*flags, "--results", str(folder / "results"))
     study.main([what, *CELLS, "--runs", str(folder), "--to", str(folder), *flags])
     return folder
 

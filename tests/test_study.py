@@ -34,7 +34,7 @@ import figures
 import study
 import train
 from classes import CLASSES, INFREQUENT
-from runs import RESULT, difference, interval, mean_and_deviation, spread, warm_up
+from runs import RESULT, difference, interval, mean_and_deviation, mean_weight, spread, warm_up
 from settings import configure
 
 
@@ -277,9 +277,7 @@ def test_study_control_scales_tan_by_clans_own_mean_weight(scenes, tmp_path):
     names |= {"clan-lambda_weight0.0", "clan-detach_mFalse", "clan-recipereleased"}
     names |= {"clan-m_controlmean1", scaled.name.removesuffix("-seed0")}
     assert {p.name for p in runs.iterdir()} == {f"{name}-seed0" for name in names}
-    assert study.mean_weight({"out": runs / "clan-seed0"}) == pytest.approx(
-        40 * np.mean(clans) + 0.4
-    )
+    assert mean_weight({"out": runs / "clan-seed0"}) == pytest.approx(40 * np.mean(clans) + 0.4)
 
 
 def test_study_mean_weight_counts_eq_2_as_1(tmp_path):
@@ -287,7 +285,7 @@ def test_study_mean_weight_counts_eq_2_as_1(tmp_path):
     given = {"out": tmp_path, "steps": 10, "adv_start": 0, "adaptive_start": 0.5}
     lines = [{"step": step, "m": 0.1} for step in range(1, 11)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    assert study.mean_weight(given) == pytest.approx((5 * 1 + 5 * 4.4) / 10)
+    assert mean_weight(given) == pytest.approx((5 * 1 + 5 * 4.4) / 10)
 
 
 def test_study_tan_may_have_a_lambda_adv_of_its_own(scenes, tmp_path):
@@ -302,6 +300,7 @@ def test_study_a_result_forged_by_an_evaluation_is_not_taken_for_a_finished_run(
     given = ("table", tmp_path, "--seeds", "0", "--methods", "source")
     runs = studied(*given) / "streets-streets-tiny" / "source-seed0"
     (runs / RESULT).unlink()
+    shutil.rmtree(tmp_path / "results")
     (runs / "eval.json").write_text('{"miou": 1.0}')
     studied(*given)
     assert json.loads((runs / RESULT).read_text())["miou"] < 1.0
@@ -434,3 +433,39 @@ def test_study_dusk_splits_camvid_by_its_own_names(scenes, tmp_path, monkeypatch
     shutil.rmtree(camvid / "images" / "train")
     (camvid / "images" / "train").mkdir()
     assert "0001TP" in study_error("dusk", tmp_path / "runs", "--tgt-dir", str(camvid))
+
+
+# Recorded runs.
+
+
+def test_study_goes_on_from_recorded_runs_where_the_folders_are_gone(scenes, tmp_path):
+    """The table is the same, and no run is made; only a study of checkpoints makes it again."""
+    results = ["--results", str(tmp_path / "results")]
+    flags = ["--seeds", "0", "--methods", "source,clan", *results]
+    first, second = tmp_path / "first", tmp_path / "second"
+    studied("table", first, *flags)
+    lines = (tmp_path / "results" / "streets-streets-tiny.jsonl").read_text().splitlines()
+    found = {line["settings"]["method"]: line for line in map(json.loads, lines)}
+    assert set(found) == {"source", "clan"} and len(lines) == 2
+    assert "/" not in json.dumps([line["settings"] for line in found.values()]), "no path"
+    kept = found["clan"]["result"]
+    assert {"miou", "iou", "mean_weight", "d_loss", "d_source", "confidence", "m"} <= kept.keys()
+    assert sum(kept["shares"].values()) == pytest.approx(1) and 0 < kept["confidence"] <= 1
+    studied("table", second, *flags)
+    name = "table-streets-streets-tiny.json"
+    one, other = (json.loads((folder / name).read_text()) for folder in (first, second))
+    assert one["rows"] == other["rows"] and one["runs"] == other["runs"]
+    assert not (second / "streets-streets-tiny").exists()
+    studied("figure5", second, *flags)
+    assert (second / "streets-streets-tiny" / "clan-seed0").exists()
+
+
+def test_study_a_recorded_run_with_other_settings_does_not_count(scenes, tmp_path):
+    results = ["--results", str(tmp_path / "results")]
+    flags = ["--seeds", "0", "--methods", "tan", *results]
+    studied("table", tmp_path / "first", *flags)
+    studied("table", tmp_path / "second", *flags, "--lambda-adv", "0.5")
+    lines = (tmp_path / "results" / "streets-streets-tiny.jsonl").read_text().splitlines()
+    assert [json.loads(x)["settings"]["lambda_adv"] for x in lines] == [0.005, 0.5]
+    studied("table", tmp_path / "third", *flags, "--eps", "0.1")  # TAN reads no eps
+    assert not (tmp_path / "third" / "streets-streets-tiny").exists()
