@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
+import clan
 import data
 import eval as evaluation
-from checkpoints import BEFORE, newest_checkpoint
+from checkpoints import BEFORE, newest_checkpoint, read_checkpoint
 from classes import INFREQUENT
 from figures import (
     bars,
@@ -39,8 +40,9 @@ from figures import (
     tsne,
     weightmap,
 )
+from losses import adversarial_loss, discrepancy_map
 from methods import METHODS
-from models import Generator
+from models import Discriminator, Generator, cells_of, receptive_field
 from runlog import Stopped
 from runs import (
     INTERVALS,
@@ -333,6 +335,96 @@ def control_table(study: Study, regime: str, results: dict) -> None:
     write(study, name, header, rows, note, results)
 
 
+# Can the set-up tell where the weight is?
+
+GRIDS = ((2, 2, 2, 2, 2), (2, 2, 2, 1, 1), (2, 2, 1, 1, 1))  # of D, as --d-strides
+
+
+def instrument(study: Study) -> None:
+    """Could the place of the weight matter? G's adversarial gradient by D's grid.
+
+    Cosines between the gradient with CLAN's weights and that with the same weights shuffled over
+    the pixels, or with 1 everywhere. Where they are near 1, no study can tell the three apart.
+    """
+    groups = {strides: [study.cell(study.seeds[0], d_strides=strides)] for strides in GRIDS}
+    results = run_groups(study, groups, checkpoints=True)
+    rows = []
+    for strides, (flags,) in groups.items():
+        _, hyper = configure(flags)
+        _, val, _ = open_target(flags)
+        cells = "x".join(map(str, cells_of(strides, val.size)))
+        field = receptive_field(strides) / val.size[0]
+        for when, path in (("start", BEFORE), ("end", newest_checkpoint(flags["out"]))):
+            G, D = both_networks(flags["out"] / path, hyper)
+            found = gradient_cosines(G, D, val, hyper, min(study.images, 32))
+            rows.append([cells, f"{field:.2f}", when, *(f"{v:.3f}" for v in found.values())])
+    header = ["cells of D", "receptive field / height", "adaptation", *found]
+    note = (
+        "Cosines of G's adversarial gradient on the target with the weights of M, against the same "
+        "weights shuffled and against weight 1: at the logits, and of E's filters. Spread: "
+        "standard deviation over mean of the weights within an image. First seed of CLAN."
+    )
+    write(study, f"instrument-{study.task}", header, rows, note, results)
+
+
+def both_networks(path: Path, hyper: clan.Hyper) -> tuple[Generator, Discriminator]:
+    """G and D of a checkpoint, on the CPU."""
+    G = load(path, torch.device("cpu"))
+    D = Discriminator(G.num_classes, hyper.d_channels, hyper.d_strides)
+    tensors = read_checkpoint(path)[0]
+    of_d = {k.removeprefix("D."): v for k, v in tensors.items() if k.startswith("D.")}
+    D.load_state_dict(of_d)
+    return G, D
+
+
+def gradient_cosines(
+    G: Generator, D: Discriminator, val: data.DataSet, hyper: clan.Hyper, count: int
+) -> dict[str, float]:
+    """Means over images: of the weight, its spread, and the cosines between gradients."""
+    G.eval()
+    found: dict[str, list[float]] = {}
+    for i, image, _ in evaluation.spread_images(val, count):
+        logits = G(image[None])
+        m = discrepancy_map(*(clan.upsample(x, val.size).softmax(dim=1) for x in logits))
+        m = m.detach() if hyper.detach_m else m
+        torch.manual_seed(i)  # of the shuffle
+        weights = {
+            "M": clan.adaptive_weight(m, replace(hyper, m_control="none")),
+            "shuffled": clan.adaptive_weight(m, replace(hyper, m_control="shuffled")),
+            "1": torch.ones_like(m),
+        }
+        gradients = {k: adversarial_gradient(G, D, logits, w, val.size) for k, w in weights.items()}
+        values = {
+            "mean weight": weights["M"].mean().item(),
+            "spread": (weights["M"].std() / weights["M"].mean()).item(),
+        }
+        for where, at in (("logits", 0), ("E", 1)):
+            for other in ("shuffled", "1"):
+                a, b = gradients["M"][at], gradients[other][at]
+                cosine = F.cosine_similarity(a, b, dim=0).item()
+                values[f"M and {other}, {where}"] = cosine
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def adversarial_gradient(
+    G: Generator,
+    D: Discriminator,
+    logits: tuple[torch.Tensor, torch.Tensor],
+    weight: torch.Tensor,
+    size: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of Eq. 5 in G's loss on a target image: at both heads' logits, and of E."""
+    logits_1, logits_2 = (clan.upsample(x, size) for x in logits)
+    p = (logits_1 + logits_2).softmax(dim=1)
+    answer = clan.domain_logits(clan.without_gradient(D), p)
+    loss = adversarial_loss(answer, is_source=True, weight=weight)
+    filters = [x for x in G.E.parameters() if x.ndim == 4]
+    found = torch.autograd.grad(loss, [*logits, *filters], retain_graph=True)
+    return torch.cat([x.flatten() for x in found[:2]]), torch.cat([x.flatten() for x in found[2:]])
+
+
 RATES = (0.0005, 0.005, 0.02, 0.05)
 
 
@@ -449,11 +541,12 @@ COMMANDS: dict[str, tuple[Callable[[Study], None], set[str]]] = {
     "weightmap": (weightmap, set()),
     "disagreement": (disagreement, {"images"}),
     "control": (control, {"tan_lambda_adv"}),
+    "instrument": (instrument, {"images"}),
     "sweep": (sweep, set()),
     "remedies": (remedies, {"methods", "tan_lambda_adv"}),
     "dusk": (dusk, {"methods", "tan_lambda_adv"}),
 }
-NOT_IN_ALL = ("sweep", "remedies", "dusk")  # these take other seeds, or need photographs
+NOT_IN_ALL = ("instrument", "sweep", "remedies", "dusk")  # for tuning, or of photographs
 QUICK = {"steps": 240, "adv_start": 165}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(reads for _, reads in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets

@@ -33,7 +33,9 @@ import data
 import figures
 import study
 import train
+from clan import Hyper
 from classes import CLASSES, INFREQUENT
+from models import Discriminator, Generator
 from runs import RESULT, difference, interval, mean_and_deviation, mean_weight, spread, warm_up
 from settings import configure
 
@@ -469,3 +471,35 @@ def test_study_a_recorded_run_with_other_settings_does_not_count(scenes, tmp_pat
     assert [json.loads(x)["settings"]["lambda_adv"] for x in lines] == [0.005, 0.5]
     studied("table", tmp_path / "third", *flags, "--eps", "0.1")  # TAN reads no eps
     assert not (tmp_path / "third" / "streets-streets-tiny").exists()
+
+
+# The instrument: could the place of the weight matter?
+
+
+def test_study_the_instrument_sees_a_place_only_if_weights_and_d_have_one(scenes):
+    """Equal weights give equal gradients. Weights that differ give others, the more so by a D with
+    more cells."""
+    torch.manual_seed(0)
+    G = Generator("tiny", head_std=0.3)
+    val = data.open_dataset("streets", "target", "val", size=(64, 128))
+    cosines = {}
+    for strides in ((2, 2, 2, 2, 2), (2, 2, 1, 1, 1)):
+        torch.manual_seed(1)
+        D = Discriminator(19, 8, strides)
+        flat = study.gradient_cosines(G, D, val, Hyper(lambda_local=0.0), 2)
+        assert flat["mean weight"] == pytest.approx(0.4, rel=1e-5) and flat["spread"] < 1e-5
+        same = [v for k, v in flat.items() if k.startswith("M and")]
+        assert len(same) == 4 and same == pytest.approx([1] * 4, abs=1e-5)
+        found = study.gradient_cosines(G, D, val, Hyper(detach_m=True), 2)
+        assert found["spread"] > 0.1
+        cosines[strides] = found["M and shuffled, logits"]
+    assert cosines[2, 2, 1, 1, 1] < cosines[2, 2, 2, 2, 2] < 1
+
+
+@pytest.mark.slow
+def test_study_instrument_writes_a_row_for_each_grid_at_start_and_end(scenes, tmp_path):
+    studied("instrument", tmp_path, "--seeds", "0")
+    content = json.loads((tmp_path / "instrument-streets-streets-tiny.json").read_text())
+    rows = [row[:3] for row in content["rows"]]
+    assert [row[0] for row in rows] == ["1x2", "1x2", "4x8", "4x8", "8x16", "8x16"]
+    assert [row[2] for row in rows] == ["start", "end"] * 3
