@@ -489,7 +489,7 @@ def test_study_the_instrument_sees_a_place_only_if_weights_and_d_have_one(scenes
         flat = study.gradient_cosines(G, D, val, Hyper(lambda_local=0.0), 2)
         assert flat["mean weight"] == pytest.approx(0.4, rel=1e-5) and flat["spread"] < 1e-5
         same = [v for k, v in flat.items() if k.startswith("M and")]
-        assert len(same) == 4 and same == pytest.approx([1] * 4, abs=1e-5)
+        assert len(same) == 4 and same == pytest.approx([1] * 4, abs=1e-4)
         found = study.gradient_cosines(G, D, val, Hyper(detach_m=True), 2)
         assert found["spread"] > 0.1
         cosines[strides] = found["M and shuffled, logits"]
