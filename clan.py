@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from losses import adversarial_loss, discrepancy_map, segmentation_loss, weight_discrepancy
 
 Statistics = Literal["batch", "before", "running"]
+Control = Literal["none", "shuffled", "doubt", "inverted"]
 Terms = dict[str, Tensor]  # what a step reports: detached scalars by name
 
 
@@ -50,7 +51,8 @@ class Hyper:
     eps: float = 0.4  # floor of the adaptive weight, Eq. 5
     adaptive_start: float = 0.0  # share of the adversarial steps that use Eq. 2 before Eq. 5
     detach_m: bool = False  # stop the gradient through M in G's loss (paper: not said; code: flows)
-    m_control: Literal["none", "shuffled", "mean1"] = "none"  # for studies: `controlled_weight`
+    m_control: Control = "none"  # for studies, where the weights go instead: `controlled_weight`
+    m_mean1: bool = False  # for studies: the weights of each step divided by their mean
     lambda_adv: float = 0.001  # weight of Eq. 5 in Eq. 6
     damping: bool = False  # scale Eq. 4 and 5 in G's loss by (1 - step / steps)
     minimax: bool = False  # G ascends Eq. 5 as printed; else it descends -log D(target), as TAN
@@ -244,8 +246,7 @@ def without_gradient(module: DiscriminatorLike) -> Callable[[Tensor], Tensor]:
 
 def adaptive_weight(m: Tensor, hyper: Hyper) -> Tensor:
     """The weight of each pixel's adversarial loss, B 1 H W: lambda_local * M + eps (Eq. 5)."""
-    weight = hyper.lambda_local * m + hyper.eps  # Eq. 5
-    return weight if hyper.m_control == "none" else controlled_weight(weight, hyper)
+    return hyper.lambda_local * m + hyper.eps  # Eq. 5
 
 
 # The steps.
@@ -292,6 +293,8 @@ def g_step(
         terms["m"] = m.detach().mean()
         if phase.adaptive:
             weight = adaptive_weight(m.detach() if hyper.detach_m else m, hyper)
+            if hyper.m_control != "none" or hyper.m_mean1:
+                weight = controlled_weight(weight, p_target, hyper)
 
     fixed_D = without_gradient(D)
     d_target = domain_logits(fixed_D, p_target)
@@ -327,18 +330,25 @@ def d_step(D: DiscriminatorLike, predictions: Predictions) -> tuple[Tensor, Term
 # Not part of the algorithm: the controls of the studies, and the check of a Hyper.
 
 
-def controlled_weight(weight: Tensor, hyper: Hyper) -> Tensor:
-    """The weight of Eq. 5, B 1 H W, changed by the control `hyper.m_control`.
+def controlled_weight(weight: Tensor, p: Tensor, hyper: Hyper) -> Tensor:
+    """The weight of Eq. 5, B 1 H W, changed by a control; p: B C H W, the ensemble on the target.
 
-    The controls separate *where* M puts the weight from *how much* weight there is.
-    shuffled: the same weights at other pixels, in an order drawn from torch's generator. train.py
-        seeds it before each step.
-    mean1: the weights divided by their mean.
+    The controls separate *where* M puts the weight from *how much* weight there is. Each image
+    keeps its weights to the last one; only their places change:
+    shuffled: an order drawn from torch's generator. train.py seeds it before each step.
+    doubt: the largest weights where the ensemble is least confident.
+    inverted: the largest weights where M is smallest.
+    With m_mean1 the weights are then divided by their mean.
     """
+    values = weight.flatten(1)  # B HW
     if hyper.m_control == "shuffled":
-        order = torch.randperm(weight[0].numel(), device=weight.device)
-        return weight.flatten(1)[:, order].view_as(weight)
-    return weight / weight.mean()
+        values = values[:, torch.randperm(values.shape[1], device=weight.device)]
+    elif hyper.m_control != "none":
+        doubt = 1 - p.max(dim=1).values.flatten(1)
+        places = (doubt if hyper.m_control == "doubt" else -values).argsort(dim=1, stable=True)
+        values = torch.zeros_like(values).scatter(1, places, values.sort(dim=1).values)
+    weight = values.view_as(weight)
+    return weight / weight.mean() if hyper.m_mean1 else weight
 
 
 def check(hyper: Hyper) -> None:

@@ -21,7 +21,7 @@ State = dict[str, Tensor]  # what a method carries from step to step, saved in e
 
 # Fields of Hyper that only CLAN reads, and those that every adversarial method reads.
 CLAN_ONLY = {"lambda_weight", "cos_offset", "cos_biases", "lambda_local", "eps"}
-CLAN_ONLY |= {"adaptive_start", "detach_m", "m_control"}
+CLAN_ONLY |= {"adaptive_start", "detach_m", "m_control", "m_mean1"}
 D_SHAPE = {"d_channels", "d_strides"}  # also of the D that a source-only checkpoint holds
 D_ONLY = D_SHAPE | {"lr_d", "d_schedule", "beta1_d", "beta2_d", "weight_decay_d"}
 ADVERSARIAL = D_ONLY | {"lambda_adv", "damping", "minimax"}

@@ -171,7 +171,7 @@ def finished(flags: Flags) -> dict | None:
 
 # Fields that no step before adv_start reads, because these steps do not use the target.
 ADAPTATION_ONLY = ADVERSARIAL - D_SHAPE | {"lambda_local", "eps", "adaptive_start"}
-ADAPTATION_ONLY |= {"detach_m", "m_control", "shift"}
+ADAPTATION_ONLY |= {"detach_m", "m_control", "m_mean1", "shift"}
 
 
 def warm_up(flags: Flags) -> str:
@@ -271,7 +271,7 @@ def mean_weight(flags: Flags) -> float | None:
     lines = [line for line in metrics(flags["out"]) if "m" in line]
     if not lines:
         return None
-    if hyper.m_control == "mean1":
+    if hyper.m_mean1:
         return 1.0
     weights = [
         hyper.lambda_local * line["m"] + hyper.eps

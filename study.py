@@ -294,7 +294,7 @@ def variants(study: Study) -> dict[str, Flags]:
         "(d) Eq. 5, no Eq. 4": {"lambda_weight": 0.0},
         f"(e) {GRADIENT[not hyper.detach_m]}": {"detach_m": not hyper.detach_m},
         f"(f) recipe {recipe}": {"recipe": recipe},
-        "(g) weights scaled to mean 1 (a deviation)": {"m_control": "mean1"},
+        "(g) weights scaled to mean 1 (a deviation)": {"m_mean1": True},
     }
 
 
@@ -388,10 +388,12 @@ def gradient_cosines(
         m = discrepancy_map(*(clan.upsample(x, val.size).softmax(dim=1) for x in logits))
         m = m.detach() if hyper.detach_m else m
         torch.manual_seed(i)  # of the shuffle
+        weight, p = clan.adaptive_weight(m, hyper), ensemble(logits, val.size)
+        shuffled = replace(hyper, m_control="shuffled", m_mean1=False)
         weights = {
-            "M": clan.adaptive_weight(m, replace(hyper, m_control="none")),
-            "shuffled": clan.adaptive_weight(m, replace(hyper, m_control="shuffled")),
-            "1": torch.ones_like(m),
+            "M": weight,
+            "shuffled": clan.controlled_weight(weight, p, shuffled),
+            "1": torch.ones_like(weight),
         }
         gradients = {k: adversarial_gradient(G, D, logits, w, val.size) for k, w in weights.items()}
         values = {
@@ -408,6 +410,12 @@ def gradient_cosines(
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
+def ensemble(logits: tuple[torch.Tensor, torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    """The ensemble p, B C H W."""
+    logits_1, logits_2 = (clan.upsample(x, size) for x in logits)
+    return (logits_1 + logits_2).softmax(dim=1)
+
+
 def adversarial_gradient(
     G: Generator,
     D: Discriminator,
@@ -416,9 +424,7 @@ def adversarial_gradient(
     size: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of Eq. 5 in G's loss on a target image: at both heads' logits, and of E."""
-    logits_1, logits_2 = (clan.upsample(x, size) for x in logits)
-    p = (logits_1 + logits_2).softmax(dim=1)
-    answer = clan.domain_logits(clan.without_gradient(D), p)
+    answer = clan.domain_logits(clan.without_gradient(D), ensemble(logits, size))
     loss = adversarial_loss(answer, is_source=True, weight=weight)
     filters = [x for x in G.E.parameters() if x.ndim == 4]
     found = torch.autograd.grad(loss, [*logits, *filters], retain_graph=True)

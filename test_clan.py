@@ -671,10 +671,10 @@ PAPER_VALUES = {
     **{"lambda_weight": 0.01, "cos_offset": 0.0, "cos_biases": False},
     **{"lambda_local": 40.0, "eps": 0.4, "adaptive_start": 0.0, "detach_m": False},
     "head_std": 0.01,
-    **{"m_control": "none"},
+    **{"m_control": "none", "m_mean1": False},
     **{"lambda_adv": 0.001, "damping": False, "minimax": False},
     **{"lr_g": 2.5e-4, "momentum": 0.9, "weight_decay_g": 5e-4, "head_lr": 10.0},
-    **{"power": 0.9, "warmup": 0.0, "d_channels": 64},
+    **{"power": 0.9, "warmup": 0.0, "d_channels": 64, "d_strides": (2, 2, 2, 2, 2)},
     **{"lr_d": 5e-5, "d_schedule": "fixed", "beta1_d": 0.9, "beta2_d": 0.99},
     **{"weight_decay_d": 5e-4, "batchnorm": "batch", "bn_affine": False},
     **{"crop": True, "scales": (1.0,), "scale_probs": (1.0,), "mirror": 0.0, "jitter": 0.0},
@@ -928,22 +928,47 @@ def test_clan_detach_m_stops_the_gradient_through_the_weight_alone():
     assert all(closeness(a, b) > 1e-3 for a, b in pairs), "M's own gradient is missing"
 
 
-def test_clan_m_controls_keep_what_they_claim_to_keep():
-    """Shuffled: the same weights of each image at other pixels. mean1: the same map, of mean 1."""
+def weights_of_two_images(**control) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the weight that a control makes of a random M, p), in float64."""
     m = torch.rand(2, 1, 4, 6, generator=seeded(), dtype=torch.float64)
-    local = clan.adaptive_weight(m, PAPER)
-    torch.testing.assert_close(local, 40 * m + 0.4, rtol=0, atol=1e-15)
+    p = torch.rand(2, 5, 4, 6, generator=seeded(1), dtype=torch.float64).softmax(dim=1)
+    return clan.controlled_weight(clan.adaptive_weight(m, PAPER), p, Hyper(**control)), p
+
+
+def test_clan_m_controls_put_the_weights_where_they_say():
+    local, p = weights_of_two_images()
+    doubt = 1 - p.amax(dim=1, keepdim=True)
+    for control, key in (("doubt", doubt), ("inverted", -local)):
+        placed, _ = weights_of_two_images(m_control=control)
+        for weight, by in zip(placed.flatten(1), key.flatten(1), strict=True):
+            assert (weight[by.argsort()].diff() > 0).all()
     torch.manual_seed(0)  # as train.py before a step
-    shuffled = clan.adaptive_weight(m, Hyper(m_control="shuffled"))
-    assert torch.equal(shuffled.flatten(1).sort().values, local.flatten(1).sort().values)
-    assert (shuffled != local).double().mean() > 0.8
-    later = clan.adaptive_weight(m, Hyper(m_control="shuffled"))
+    shuffled, _ = weights_of_two_images(m_control="shuffled")
+    later, _ = weights_of_two_images(m_control="shuffled")
     torch.manual_seed(0)
-    again = clan.adaptive_weight(m, Hyper(m_control="shuffled"))
+    again, _ = weights_of_two_images(m_control="shuffled")
     assert torch.equal(shuffled, again) and not torch.equal(shuffled, later)
-    mean1 = clan.adaptive_weight(m, Hyper(m_control="mean1"))
-    torch.testing.assert_close(mean1 * local.mean(), local, rtol=1e-12, atol=0)
+    assert (shuffled != local).double().mean() > 0.8
+
+
+@pytest.mark.parametrize("control", ("none", "shuffled", "doubt", "inverted"))
+def test_clan_m_mean1_divides_by_the_mean_and_keeps_the_places(control):
+    torch.manual_seed(0)
+    weight, _ = weights_of_two_images(m_control=control)
+    torch.manual_seed(0)
+    mean1, _ = weights_of_two_images(m_control=control, m_mean1=True)
+    torch.testing.assert_close(mean1 * weight.mean(), weight, rtol=1e-12, atol=0)
     assert mean1.mean().item() == pytest.approx(1)
+
+
+def test_clan_m_controls_let_the_gradient_through_m_to_where_it_came_from():
+    """Each weight stays a function of the M of its first pixel."""
+    for control in ("shuffled", "doubt", "inverted"):
+        m = torch.rand(1, 1, 3, 4, generator=seeded(), dtype=torch.float64).requires_grad_()
+        p = torch.rand(1, 5, 3, 4, generator=seeded(1), dtype=torch.float64).softmax(dim=1)
+        weight = clan.controlled_weight(40 * m + 0.4, p, Hyper(m_control=control))
+        (gradient,) = torch.autograd.grad(weight.sum(), m)
+        torch.testing.assert_close(gradient, torch.full_like(gradient, 40.0))
 
 
 def test_clan_gradient_reaches_the_losses_in_float32_under_autocast():
@@ -1120,6 +1145,19 @@ PROPERTY = settings(max_examples=60, deadline=None)
 def drawn(shape, seed: int, count: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+@PROPERTY
+@given(shapes, st.integers(0, 10**6), st.sampled_from(("shuffled", "doubt", "inverted")))
+def test_clan_m_controls_keep_each_images_weights(shape, seed, control):
+    """To the last one, also where some are equal; only their places change."""
+    b, _, h, w = shape
+    (logits,) = drawn(shape, seed, 1)
+    m = torch.randint(0, 4, (b, 1, h, w), generator=seeded(seed)) / 4  # with many equal values
+    weight = clan.adaptive_weight(m, PAPER)
+    placed = clan.controlled_weight(weight, logits.softmax(dim=1), Hyper(m_control=control))
+    assert placed.shape == weight.shape
+    assert torch.equal(placed.flatten(1).sort().values, weight.flatten(1).sort().values)
 
 
 @PROPERTY

@@ -205,7 +205,7 @@ def test_study_a_shared_warm_up_changes_no_bit(scenes, tmp_path):
     (
         ({"lambda_local": 10.0}, True),
         ({"lambda_adv": 0.5}, True),
-        ({"m_control": "mean1"}, True),
+        ({"m_mean1": True}, True),
         ({"lambda_weight": 0.5}, False),
         ({"lr_g": 0.5}, False),
         ({"seed": 5}, False),
@@ -277,7 +277,7 @@ def test_study_control_scales_tan_by_clans_own_mean_weight(scenes, tmp_path):
     assert rows["(c) Eq. 4, every weight 1"][6] == "1.00"
     names = {"source", "tan", "clan", "clan-m_controlshuffled", "clan-eps1.0-lambda_local0.0"}
     names |= {"clan-lambda_weight0.0", "clan-detach_mFalse", "clan-recipereleased"}
-    names |= {"clan-m_controlmean1", scaled.name.removesuffix("-seed0")}
+    names |= {"clan-m_mean1True", scaled.name.removesuffix("-seed0")}
     assert {p.name for p in runs.iterdir()} == {f"{name}-seed0" for name in names}
     assert mean_weight({"out": runs / "clan-seed0"}) == pytest.approx(40 * np.mean(clans) + 0.4)
 
