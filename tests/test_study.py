@@ -33,6 +33,7 @@ import data
 import figures
 import study
 import train
+import tuning
 from clan import Hyper
 from classes import CLASSES, INFREQUENT
 from models import Discriminator, Generator
@@ -356,14 +357,11 @@ def test_study_asked_to_stop_saves_its_runs_and_starts_no_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_study_remedies_and_sweep_show_every_setting(scenes, tmp_path):
+def test_study_remedies_show_every_setting(scenes, tmp_path):
     flags = ("--seeds", "0", "--steps", "2", "--adv-start", "1")
     studied("remedies", tmp_path, *flags)
     rows = json.loads((tmp_path / "remedies-streets-streets-tiny.json").read_text())["rows"]
     assert [row[0] for row in rows] == list(study.REMEDIES) and all(len(row) == 6 for row in rows)
-    studied("sweep", tmp_path, *flags[2:], "--seeds", "0")
-    rows = json.loads((tmp_path / "sweep-streets-streets-tiny.json").read_text())["rows"]
-    assert [float(row[0]) for row in rows] == list(study.RATES)
 
 
 def test_study_quick_of_everything_leaves_no_part_out(tmp_path):
@@ -503,3 +501,73 @@ def test_study_instrument_writes_a_row_for_each_grid_at_start_and_end(scenes, tm
     rows = [row[:3] for row in content["rows"]]
     assert [row[0] for row in rows] == ["1x2", "1x2", "4x8", "4x8", "8x16", "8x16"]
     assert [row[2] for row in rows] == ["start", "end"] * 3
+
+
+# How settings are chosen.
+
+
+def fake_runs(monkeypatch, score_of) -> list[tuple]:
+    """Trials score what `score_of` says of (method, lambda_adv, lr_d, length); returns them all."""
+    made = []
+
+    def run_groups(study_, groups, checkpoints=False):
+        found = {}
+        for key, cells in groups.items():
+            _, hyper = configure(cells[0])
+            trial = (hyper.method, hyper.lambda_adv, hyper.lr_d, hyper.steps - hyper.adv_start)
+            made.append(trial)
+            found[key] = [{"miou": score_of(*trial)} for _ in cells]
+        return found
+
+    monkeypatch.setattr(tuning, "run_groups", run_groups)
+    return made
+
+
+def searched(monkeypatch, score_of) -> tuple[dict, list[tuple]]:
+    made = fake_runs(monkeypatch, score_of)
+    trials = tuning.Trials(study.parse(["sweep"])[1], {})
+    best = {method: dict(tuning.START) for method in ("tan", "clan")}
+    for name, steps in tuning.AXES:
+        best = tuning.descend(trials, best, name, steps)
+    return best, made
+
+
+def test_study_a_sweep_follows_edges_and_gives_each_method_the_same_values(monkeypatch):
+    """The best of TAN lies far above the first grid, that of CLAN far below."""
+    peak = {"tan": 0.16, "clan": 0.005}
+
+    def score_of(method, lambda_adv, lr_d, length):
+        far = abs(math.log(lambda_adv / peak[method])) + abs(math.log(lr_d / 3e-5)) / 4
+        return 1 / (1 + far + abs(length - 750) / 5000)
+
+    best, made = searched(monkeypatch, score_of)
+    assert best["tan"]["lambda_adv"] == 0.16 and best["clan"]["lambda_adv"] == 0.005
+    assert all(values["lr_d"] == pytest.approx(3.3e-5) for values in best.values())
+    assert all(values["length"] == 750 for values in best.values())
+    assert len(set(made)) == len(made), "no trial is made twice"
+    tried = {m: {trial[1] for trial in made if trial[0] == m} for m in peak}
+    assert min(tried["tan"]) < 0.005 < 0.16 < max(tried["clan"])
+    assert {trial[3] for trial in made} == {250, 500, 750, 1000}, "750 was an edge"
+    counts = [sum(trial[0] == m for trial in made) for m in peak]
+    assert abs(counts[0] - counts[1]) <= 2 and sum(counts) * 3 <= tuning.MOST_RUNS
+
+
+def test_study_a_sweep_without_an_end_is_stopped(monkeypatch):
+    with pytest.raises(ValueError, match="more than 120: stop it"):
+        searched(monkeypatch, lambda method, lambda_adv, lr_d, length: lambda_adv)
+
+
+@pytest.mark.slow
+def test_study_sweep_chooses_on_dev(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "AXES", (("length", (2, 4)),))
+    monkeypatch.setattr(tuning, "START", {"lambda_adv": 0.01, "lr_d": 1e-4, "length": 2})
+    monkeypatch.setattr(tuning, "LONGEST", 4)
+    monkeypatch.setattr(tuning, "MOST_RUNS", 40)
+    studied("sweep", tmp_path, "--seeds", "10")
+    content = json.loads((tmp_path / "sweep-streets-streets-tiny.json").read_text())
+    assert content["header"][1:5] == ["lambda_adv", "length", "lr_d", "mIoU on dev"]
+    chosen = [row for row in content["rows"] if row[-1] == "chosen"]
+    assert sorted(row[0] for row in chosen) == ["CLAN", "TAN"]
+    assert "seg_heads by source only" in content["notes"][0] and "mean M is" in content["notes"][0]
+    lines = (tmp_path / "results" / "streets-streets-tiny.jsonl").read_text().splitlines()
+    assert {json.loads(line)["settings"]["split"] for line in lines} == {"dev"}

@@ -1,0 +1,177 @@
+"""How settings are chosen: on tuning seeds and the dev split, the same way for each method.
+
+    python study.py sweep --jobs 2
+
+No result is taken from these seeds or from dev. Every method has the same trials, and its best
+value lies inside the grid.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+import data
+import eval as evaluation
+from checkpoints import BEFORE, newest_checkpoint
+from devices import find_device
+from methods import METHODS
+from runs import Study, mean_and_deviation, miou, predicted, run_groups, spread, write
+from settings import Flags, configure
+from weights import load_generator
+
+TUNING_SEEDS = (10, 11, 12)  # settings are chosen on these and reported on others
+MOST_RUNS = 120  # a sweep that needs more is stopped, and says so
+# One after the other: the field, the factor from value to value or the values, its first value.
+AXES: tuple[tuple[str, float | tuple[int, ...]], ...] = (
+    ("lambda_adv", 2.0),
+    ("lr_d", 3.0),
+    ("length", (250, 500, 750)),
+    ("lambda_adv", 2.0),
+)
+START = {"lambda_adv": 0.02, "lr_d": 1e-4, "length": 500}
+LONGEST = 1000  # steps of adaptation: the first command should take minutes
+Values = dict[str, float]  # of a trial, by field; length: steps of adaptation
+
+
+@dataclass
+class Trials:
+    """The trials of a sweep, by method: their values and the results of all seeds."""
+
+    study: Study
+    fixed: Flags  # what has been chosen before, for all methods
+    found: dict[tuple, list[dict]] = field(default_factory=dict)
+
+    def flags(self, method: str, values: Values) -> Flags:
+        _, hyper = configure(self.study.flags)
+        unused = METHODS[method].unused
+        change = {k: v for k, v in (self.fixed | values).items() if k not in unused}
+        length = change.pop("length")
+        return change | {"method": method, "steps": hyper.adv_start + int(length)}
+
+    def run(self, wanted: list[tuple[str, Values]]) -> None:
+        """Make the trials that are missing. Raises ValueError if they would be too many."""
+        keys = {key_of(method, values): (method, values) for method, values in wanted}
+        new = {key: trial for key, trial in keys.items() if key not in self.found}
+        total = (len(self.found) + len(new)) * len(self.study.seeds)
+        if total > MOST_RUNS:
+            raise ValueError(f"the sweep would take {total} runs, more than {MOST_RUNS}: stop it")
+        groups = {key: self.study.cells(**self.flags(*trial)) for key, trial in new.items()}
+        self.found |= run_groups(self.study, groups)
+
+    def score(self, method: str, values: Values) -> float:
+        return spread(map(miou, self.found[key_of(method, values)]))[0]
+
+
+def key_of(method: str, values: Values) -> tuple:
+    return (method, *sorted(values.items()))
+
+
+def sweep(study: Study) -> None:
+    """How settings are chosen: heads, lambda_local, then lambda_adv, D's rate and length by method.
+
+    First one loss or two for the heads, by source only on the source's dev split; then the
+    lambda_local with which CLAN's mean weight is 1 when adaptation starts. Then TAN and CLAN, one
+    number after the other, over the same values; a best value at an edge is followed outwards.
+    """
+    settings, _ = configure(study.flags)
+    if settings.tgt == "streets":
+        study = replace(study, flags=study.flags | {"split": "dev"})
+    fixed: Flags = {}
+    notes = []
+    if settings.src == "streets" and "seg_heads" not in study.flags:
+        fixed["seg_heads"], scores = chosen_heads(study)
+        notes.append(f"seg_heads by source only on the source's dev split: {scores}.")
+    if "lambda_local" not in study.flags:
+        fixed["lambda_local"], m = slope_of_mean_1(study, fixed)
+        notes.append(f"lambda_local: mean M is {m:.4f} when adaptation starts, so (1 - eps) / M.")
+    trials = Trials(study, fixed)
+    best = {method: dict(START) for method in ("tan", "clan")}
+    for name, steps in AXES:
+        best = descend(trials, best, name, steps)
+    rows = []
+    for (method, *values), group in trials.found.items():
+        chosen = "chosen" if dict(values) == best[method] else ""
+        shown = (f"{value:g}" for _, value in values)
+        score = mean_and_deviation(map(miou, group))
+        rows.append([METHODS[method].label, *shown, score, chosen])
+    header = ["method", *sorted(START), f"mIoU on {configure(study.flags)[0].split}", ""]
+    notes.insert(0, "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting.")
+    named = {", ".join(map(str, key)): group for key, group in trials.found.items()}
+    write(study, f"sweep-{study.task}", header, rows, " ".join(notes), named)
+
+
+def descend(
+    trials: Trials, best: dict[str, Values], name: str, steps: float | tuple[int, ...]
+) -> dict[str, Values]:
+    """The best values after a search along one axis, by method.
+
+    All methods try the same values. While the best of one lies at an edge, all try the next one
+    beyond it.
+    """
+    if isinstance(steps, tuple):
+        values = {float(x) for x in steps}
+    else:
+        centres = {best[method][name] for method in best}
+        values = {rounded(c * k) for c in centres for k in (1 / steps, 1.0, steps)}
+    while True:
+        trials.run([(m, best[m] | {name: value}) for m in best for value in sorted(values)])
+
+        tops = {m: top(trials, m, best[m], name, values) for m in best}
+        beyond = next_values(values, set(tops.values()), steps)
+        if not beyond:
+            return {m: best[m] | {name: tops[m]} for m in best}
+        values |= beyond
+
+
+def top(trials: Trials, method: str, best: Values, name: str, values: set[float]) -> float:
+    """The value of one axis with the best score of a method."""
+    return max(sorted(values), key=lambda value: trials.score(method, best | {name: value}))
+
+
+def next_values(values: set[float], tops: set[float], steps: float | tuple[int, ...]) -> set[float]:
+    """The values beyond those edges at which a best value lies; none beyond LONGEST."""
+    found = set()
+    low, high = min(values), max(values)
+    if isinstance(steps, tuple):
+        width = float(steps[1] - steps[0])
+        found = {low - width} if low in tops else set()
+        found |= {high + width} if high in tops else set()
+        return {x for x in found if 0 < x <= LONGEST}
+    found = {rounded(low / steps)} if low in tops else set()
+    return found | ({rounded(high * steps)} if high in tops else set())
+
+
+def rounded(value: float) -> float:
+    """To two digits, so that values met by two ways are equal."""
+    return float(f"{value:.2g}")
+
+
+def chosen_heads(study: Study) -> tuple[str, str]:
+    """ensemble or each: which source-only network is better on the source's dev split."""
+    groups = {
+        heads: study.cells(method="source", seg_heads=heads) for heads in ("ensemble", "each")
+    }
+    run_groups(study, groups, checkpoints=True)
+    scores = {heads: [source_score(flags) for flags in cells] for heads, cells in groups.items()}
+    words = ", ".join(f"{heads} {mean_and_deviation(values)}" for heads, values in scores.items())
+    return max(scores, key=lambda heads: np.mean(scores[heads])), words
+
+
+def source_score(flags: Flags) -> float:
+    """mIoU of a finished run on the dev split of its source."""
+    settings, _ = configure(flags)
+    dev = data.open_dataset("streets", "source", "dev", size=settings.src_size or settings.tgt_size)
+    G, _ = load_generator(newest_checkpoint(flags["out"]), say=lambda _: None)
+    to_source_ids, _, _ = data.shared_classes(dev, dev)
+    device = find_device(settings.device)
+    confusion = evaluation.evaluate(G.to(device), dev, to_source_ids, device=device)
+    return evaluation.report(confusion, dev, dev)["miou"]
+
+
+def slope_of_mean_1(study: Study, fixed: Flags) -> tuple[float, float]:
+    """(lambda_local, mean M): with it, CLAN's mean weight is 1 when adaptation starts."""
+    cells = study.cells(method="clan", **fixed)
+    run_groups(study, {"clan": cells}, checkpoints=True)
+    m = float(np.mean([predicted(flags, flags["out"] / BEFORE)["m"] for flags in cells]))
+    _, hyper = configure(study.flags)
+    return rounded((1 - hyper.eps) / m), m
