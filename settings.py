@@ -25,7 +25,7 @@ from methods import METHODS, own_fields, unused_fields
 from models import BACKBONES, check_choice, has_imagenet, lineage_for
 
 Compile = Literal["auto", "off", "on", "blocks"]
-Looks = Literal["auto", "game", "mixed"]
+Looks = Literal["game", "mixed"]
 Cudnn = Literal["auto", "fastest", "deterministic"]
 Flags = dict[str, Any]  # the flags that were given, by field
 
@@ -44,7 +44,7 @@ class Settings:
     backbone: str = "auto"  # auto: tiny for streets to streets, else r101
     lineage: str | None = None  # whose first weights: caffe or torchvision; default: by --init
     init: str = "auto"  # first weights of G: a file, imagenet or none; auto: imagenet if any
-    looks: Looks = "auto"  # of streets as a source; mixed: each scene's own; auto: for photographs
+    looks: Looks = "game"  # of streets as the source; mixed: each scene's own, as for photographs
     shift: tuple[float, float] = (0.5, 0.5)  # how streets' city differs from its game: look, layout
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
     seed: int = 0  # for the initial weights, the order of the samples and their augmentation
@@ -74,7 +74,7 @@ class Settings:
                 raise ValueError(f"--{side}-size must be at least 32 32: D halves it five times")
             if getattr(self, side) == "streets" and getattr(self, f"{side}_dir"):
                 raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
-        if self.src != "streets" and self.looks == "mixed":
+        if self.src != "streets" and self.looks != Settings.looks:
             raise ValueError(f"--looks is only for --src streets: drop it, or --src {self.src}")
         if self.tgt not in ("streets", "auto") and self.split == "dev":
             raise ValueError(f"--split dev is only for --tgt streets: drop it, or --tgt {self.tgt}")
@@ -127,9 +127,6 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
     if of_settings.get("backbone", "auto") == "auto":
         on_streets = (src, of_settings["tgt"]) == ("streets", "streets")
         of_settings["backbone"] = "tiny" if on_streets else "r101"
-    if of_settings.get("looks", "auto") == "auto":
-        photographs = src == "streets" and of_settings["tgt"] != "streets"
-        of_settings["looks"] = "mixed" if photographs else "game"
     if of_settings.get("init", "auto") == "auto":
         of_settings["init"] = "imagenet" if has_imagenet(of_settings["backbone"]) else "none"
     lineage = lineage_for(of_settings["backbone"], of_settings["init"])

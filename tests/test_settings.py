@@ -76,18 +76,3 @@ def test_train_shift_reaches_the_city_alone_and_its_score(few, tmp_path):
     assert json.loads((out / "eval.json").read_text())["miou"] == before
     sentence = run_error("--tgt", "folder", "--tgt-dir", str(tmp_path), "--shift", "0.1", "0.1")
     assert "--shift" in sentence
-
-
-@pytest.mark.parametrize(
-    ("flags", "looks"),
-    (
-        ({}, "game"),
-        ({"tgt": "folder", "tgt_dir": Path("x")}, "mixed"),
-        ({"tgt": "cityscapes"}, "mixed"),
-        ({"tgt": "cityscapes", "looks": "game"}, "game"),
-        ({"src": "gta5"}, "game"),
-        ({"looks": "mixed"}, "mixed"),
-    ),
-)
-def test_settings_streets_have_mixed_looks_for_photographs(flags, looks):
-    assert configure(flags)[0].looks == looks
