@@ -44,7 +44,7 @@ class Settings:
     backbone: str = "auto"  # auto: tiny for streets to streets, else r101
     lineage: str | None = None  # whose first weights: caffe or torchvision; default: by --init
     init: str = "auto"  # first weights of G: a file, imagenet or none; auto: imagenet if any
-    looks: Looks = "game"  # of streets as the source; mixed: each scene's own, as for photographs
+    looks: Looks = "game"  # of streets as a source; mixed: each scene its own, from game to city
     shift: tuple[float, float] = (0.5, 0.5)  # how streets' city differs from its game: look, layout
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
     seed: int = 0  # for the initial weights, the order of the samples and their augmentation
