@@ -159,14 +159,22 @@ def norm(tensors: list[Tensor]) -> float:
     return float(torch.nn.utils.get_total_norm(tensors))
 
 
+def relative(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """|found - wanted| / |wanted|; 0 where both are 0."""
+    error = norm([a - b for a, b in zip(found, wanted, strict=True)])
+    size = norm(wanted)
+    return error / size if size else math.inf if error else 0.0
+
+
 def differences(found: Parts, wanted: Parts) -> dict[str, float]:
-    """|found - wanted| / |wanted| of each part; 0 where both are 0."""
-    result = {}
-    for name, tensors in wanted.items():
-        error = norm([a - b for a, b in zip(found[name], tensors, strict=True)])
-        size = norm(tensors)
-        result[name] = error / size if size else math.inf if error else 0.0
-    return result
+    """`relative` of each part. Of BatchNorm's statistics each tensor counts by itself, since a few
+    large variances would hide the rest; the result is the worst."""
+    result = {name: relative(found[name], tensors) for name, tensors in wanted.items()}
+    pairs = zip(found.get("BatchNorm", []), wanted.get("BatchNorm", []), strict=True)
+    of_tensors = [relative([a], [b]) for a, b in pairs]
+    # max() would lose a NaN
+    worst = max(of_tensors, key=lambda x: math.inf if math.isnan(x) else x, default=0.0)
+    return result | ({"BatchNorm": worst} if "BatchNorm" in wanted else {})
 
 
 def with_losses_joined(parts: Parts) -> Parts:
@@ -262,8 +270,10 @@ class CompiledSteps:
     """The steps of one run, compiled or not, and what has been decided for each kind of step.
 
     `method` has the steps to take. `what` is "off", "on" or "blocks". `decisions` maps each kind of
-    step that this process has met to "off" or `what`. `before` is what the checkpoint holds that a
-    run goes on from: a decision that differs is reported. `known` has both, for checkpoints.
+    step that this process has met to "off" or `what`. A check that has compiled a graph clears it,
+    since torch's graphs for any size serve other kinds too: these are checked again. `before` is
+    what the checkpoint holds that a run goes on from: a decision that differs is reported. `known`
+    has both, for checkpoints.
     """
 
     def __init__(
@@ -278,6 +288,7 @@ class CompiledSteps:
         self.say = partial(say, soft_wrap=True)
         self.before = before or {}
         self.known, self.decisions = dict(self.before), dict[str, str]()
+        self.refused: set[str] = set()  # kinds whose compiled steps were once found wrong
         self.taken = REPORT_AFTER  # steps since the last check; then there is nothing to report
         self.checked_at = 0.0  # when they began
         self.eager_costs = 0.0  # seconds that an eager step takes more
@@ -312,18 +323,26 @@ class CompiledSteps:
     def check(self, kind: str, *step: Any) -> None:
         """Compare compiled and eager step, decide, and say so. All processes decide alike."""
         began, worst = time.perf_counter(), dict[str, float]()
+        graphs = torch._dynamo.utils.counters["stats"]
+        before = graphs["unique_graphs"]
         try:
             wrong, worst = compare(self.switch, self.method, *step)
-            self.eager_costs = self.cost(False, *step) - self.cost(True, *step)
+            if not wrong:
+                self.eager_costs = self.cost(False, *step) - self.cost(True, *step)
         except torch.OutOfMemoryError:
             wrong = ["the check needs the memory of a step in float32, and does not fit"]
         except Exception as error:  # if the step itself is at fault, the eager one raises it again
             wrong = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+        if (
+            graphs["unique_graphs"] > before
+        ):  # for any size, which kinds checked before may take now
+            self.decisions.clear()
         rank, _ = devices.ranks()
         if wrong and rank > 0:  # its console is quiet
             print(f"rank {rank}, {kind}: {'; '.join(wrong)}", file=sys.stderr)
-        if devices.any_rank(bool(wrong)):
-            reason = "; ".join(wrong) or "another process found compiled ones wrong"
+        if devices.any_rank(bool(wrong) or kind in self.refused):
+            self.refused.add(kind)
+            reason = "; ".join(wrong) or "compiled ones were found wrong in another process"
             self.say(f"{kind}: this run takes eager steps: {reason}")
             self.taken = REPORT_AFTER
             self.decide(kind, "off")

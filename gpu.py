@@ -31,7 +31,7 @@ import clan
 import compilation
 import data
 import train
-from devices import machine
+from devices import choose_algorithms, machine
 from measure import (
     PAPER_SIZES,
     Case,
@@ -240,10 +240,11 @@ def step_times_and_memory(scale: Scale) -> Iterator[Row]:
     best = {p: ceiling(torch.device(scale.device), p) for p in ("ieee", "tf32", "bf16")}
     for name, value in best.items():
         yield {"what": f"ceiling: one large matrix product, {name}", "TFLOP/s": value / 1e12}
-    base = None
-    for name, case in cases.items():
-        row = timed(name, case, scale, best[case.precision])
-        base = base or row.get("images/s")
+    rows = ((name, timed(name, case, scale, best[case.precision])) for name, case in cases.items())
+    base = None  # of the first case; without it there is no ratio
+    for name, row in rows:
+        if name == next(iter(cases)):
+            base = row.get("images/s")
         yield row | ({"ratio": row["images/s"] / base} if base and "images/s" in row else {})
     batch = largest_batch(ours, scale)
     row = timed(f"ours, bf16, batch {batch}", replace(ours, batch=batch), scale, best["bf16"])
@@ -355,8 +356,12 @@ def repeated(scale: Scale) -> Iterator[Row]:
             "same bits": not differ,
             "tensors that differ": f"{len(differ)} of {len(one)}",
         }
-    for name, operation in operations(scale.device).items():
-        yield {"what": f"gradient of {name}, four times", "same bits": same_each_time(operation)}
+    for choice in ("deterministic", "auto"):
+        choose_algorithms(choice)
+        for name, operation in operations(scale.device).items():
+            what = f"gradient of {name}, four times, --cudnn {choice}"
+            yield {"what": what, "same bits": same_each_time(operation, scale.device)}
+    choose_algorithms("auto")
     cuda = scale.device == "cuda"
     for flags in ("--cudnn deterministic", *["--cudnn auto"] * cuda):
         yield {"what": f"killed and resumed, {flags}"} | killed_and_resumed(scale, flags.split())
@@ -405,13 +410,18 @@ def operations(device: str) -> dict[str, tuple[Any, list[torch.Tensor]]]:
     }
 
 
-def same_each_time(operation: tuple[Any, list[torch.Tensor]]) -> bool:
-    """Whether four evaluations give the same bits of all gradients."""
+def same_each_time(operation: tuple[Any, list[torch.Tensor]], device: str) -> bool:
+    """Whether four evaluations under autocast, as in a step, give the same gradients' bits."""
     function, inputs = operation
-    inputs = [x.detach().to(memory_format=torch.contiguous_format).requires_grad_() for x in inputs]
-    torch.manual_seed(0)
-    towards = torch.randn_like(function(*inputs))
-    found = [torch.autograd.grad(function(*inputs), inputs, towards) for _ in range(4)]
+    last = torch.channels_last
+    inputs = [(x.to(memory_format=last) if x.ndim == 4 else x).detach() for x in inputs]
+    for x in inputs:
+        x.requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        torch.manual_seed(0)
+        towards = torch.randn_like(function(*inputs))
+        outputs = [function(*inputs) for _ in range(4)]
+    found = [torch.autograd.grad(output, inputs, towards) for output in outputs]
     return all(
         torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
     )
@@ -630,6 +640,7 @@ def bench_gpu(args: Any, console: Console) -> dict:
     scale = TOY if args.dry else FULL
     if args.dry:
         compilation.BACKEND = "eager"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the part that runs
     if args.part:
         for row in PARTS[args.part][0](scale):
             print(json.dumps(row), flush=True)
@@ -643,7 +654,6 @@ def bench_gpu(args: Any, console: Console) -> dict:
         "parts": {name: {"seconds": 0.0, "rows": []} for name in args.parts or PARTS},
     }
     args.to.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the part that runs
     deadline = time.monotonic() + 60 * args.minutes
     later = {name: PARTS[name][1] * args.minutes / 9 for name in result["parts"]}
     for name, part in result["parts"].items():
@@ -701,13 +711,40 @@ def collect(out: Path, part: dict) -> bool:
 
 
 def end_session(process: subprocess.Popen) -> None:
-    """Ends a part and the programs that it has started, torchrun's workers with them."""
-    for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
-        with contextlib.suppress(ProcessLookupError):  # all have ended
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            return
+    """Ends a part and every program that it has started, torchrun's workers with them."""
+    pids = [process.pid, *descendants(process.pid)]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        end = time.monotonic() + 3
+        while time.monotonic() < end and any(map(runs, pids)):
+            process.poll()
+            time.sleep(0.05)
+    process.wait()
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is still there and has not ended as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that this one has started, and those that they have started."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found, waiting = [], [pid]
+    while waiting:
+        of_one = children.get(waiting.pop(), [])
+        found += of_one
+        waiting += of_one
+    return found
 
 
 def write(result: dict, folder: Path) -> None:

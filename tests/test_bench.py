@@ -80,7 +80,7 @@ def test_bench_gpu_runs_every_part_dry(tmp_path):
 def made_up_parts(tmp_path) -> dict:
     """gpu.json of a dry run whose parts are made up."""
     script = f"""
-import sys, time
+import subprocess, sys, time
 sys.path.insert(0, {str(HERE)!r})
 import gpu
 def good(scale):
@@ -93,7 +93,9 @@ def fails(scale):
     raise RuntimeError("it broke")
 def hangs(scale):
     "Hangs."
-    yield {{"what": "known", "value": 2}}
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=True)
+    yield {{"what": "known", "value": child.pid}}
     time.sleep(600)
 gpu.PARTS = {{"fails": (fails, 60), "hangs": (hangs, 10), "good": (good, 470)}}
 gpu.BENCH = __file__
@@ -116,6 +118,7 @@ def test_bench_gpu_a_part_that_fails_or_hangs_ends_alone_and_keeps_its_rows(tmp_
     assert "it broke" in parts["fails"]["errors"]
     assert [row["what"] for row in parts["hangs"]["rows"]] == ["known"]
     assert parts["hangs"]["note"].startswith("stopped after ")
+    assert not gpu.runs(parts["hangs"]["rows"][0]["value"]), "its child has ended too"
     assert len(parts["good"]["rows"]) == 2 and "note" not in parts["good"]
     text = (tmp_path / "gpu.md").read_text()
     assert "| a | 1.5 |  |" in text and "| b |  | yes |" in text and "failed; gpu.json" in text

@@ -134,13 +134,14 @@ def test_compilation_a_wrong_adversarial_gradient_is_caught(
     assert worst["adv"] < 1e-5 and worst["G's loss"] < 1e-5, "the losses look right"
 
 
-def test_compilation_wrong_statistics_of_batchnorm_are_caught(monkeypatch):
-    """They are no part of a loss or gradient, but of scores and of what a checkpoint holds."""
+@pytest.mark.parametrize("layers", (99, 1))
+def test_compilation_wrong_statistics_of_batchnorm_are_caught(monkeypatch, layers):
+    """Of one layer alone too. No loss or gradient shows them, but scores and checkpoints do."""
 
     def backend(graph, inputs):
-        for node in graph.graph.nodes:
-            if "batch_norm" in str(node.target):
-                node.args = (*node.args[:6], 0.9, *node.args[7:])  # its momentum
+        found = [node for node in graph.graph.nodes if "batch_norm" in str(node.target)]
+        for node in found[-layers:]:
+            node.args = (*node.args[:6], 0.9, *node.args[7:])  # its momentum
         graph.recompile()
         return graph.forward
 
@@ -359,6 +360,45 @@ def test_compilation_decisions_outlive_two_resumes():
     assert len(said) == 1, "said once"
 
 
+def test_compilation_a_kind_once_refused_stays_refused(monkeypatch):
+    """Also if a later check of all processes finds nothing wrong in this one."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    said = []
+    steps = CompiledSteps(
+        METHODS["tan"], "on", models.Generator("tiny"), lambda text, **_: said.append(text)
+    )
+    case = [*small_case("tan"), OFF]
+    for other_is_wrong in (True, False):
+        monkeypatch.setattr(
+            compilation.devices, "any_rank", lambda asked, other=other_is_wrong: asked or other
+        )
+        steps.check("kind", *case)
+        assert steps.decisions["kind"] == "off"
+    assert all("found wrong in another process" in text for text in said) and len(said) == 2
+
+
+def test_compilation_a_graph_for_any_size_makes_earlier_kinds_check_again(monkeypatch):
+    """torch takes the dynamic graph for the first size too, for which it was not checked."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    steps = CompiledSteps(METHODS["tan"], "on", models.Generator("tiny"), lambda *a, **o: None)
+    G, D, state, batch, phase, hyper = small_case("tan")
+    larger = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
+    labels = torch.zeros(1, 64, 96, dtype=torch.uint8)
+    checked, check = [], steps.check
+
+    def counted(kind, *step):
+        checked.append(kind)
+        check(kind, *step)
+
+    monkeypatch.setattr(steps, "check", counted)
+    other = Batch(larger, labels, larger, (64, 96))
+    one, two = (compilation.kind_of(b, phase) for b in (batch, other))
+    for now in (batch, other, batch, other, batch, other):
+        with steps.chosen(G, D, state, now, phase, hyper, OFF):
+            pass
+    assert checked == [one, two, one], "once more after the graph for both"
+
+
 def test_compilation_a_new_size_of_one_process_makes_all_check(monkeypatch):
     """`any_rank` answers for the others. The decision is for the kind of this process."""
     monkeypatch.setattr(compilation, "BACKEND", "eager")
@@ -501,7 +541,7 @@ def test_compilation_processes_decide_alike(few, tmp_path, wrong):
         done = subprocess.run(line, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
     shown = " ".join(done.stdout.split())
-    decided = "this run takes eager steps: another process found compiled ones wrong"
+    decided = "this run takes eager steps: compiled ones were found wrong in another process"
     assert (decided in shown) == (wrong == "1") and "compiled steps agree" in shown
     assert ("rank 1, adversarial" in done.stderr) == (wrong == "1"), "it says why"
     for name, tensor in last_tensors(outs["off"]).items():
