@@ -574,7 +574,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--jobs", type=count_of, help="runs at a time [1]")
     top.add_argument("--runs", type=Path, help="where runs go [runs/study]")
     top.add_argument("--to", type=Path, help="where results go [that of --runs]")
-    top.add_argument("--results", type=Path, help="where each run is recorded [results]")
+    top.add_argument("--results", type=Path, help="of recorded runs [results, or that of --runs]")
     top.add_argument("--methods", type=methods_of, help=f"to compare [{','.join(METHODS)}]")
     top.add_argument("--images", type=count_of, help="of each domain to measure features on [1000]")
     top.add_argument("--class", dest="curve_class", help="whose curve ccd draws [wall]")
@@ -602,10 +602,12 @@ def parse(argv: list[str]) -> tuple[list[str], Study]:
         if configure(flags)[0].backbone != "tiny":
             raise ValueError("--quick is for streets: give --steps and --seeds instead")
         flags, seeds, runs, images = QUICK | flags, (0, 1), Path("runs") / "study-quick", 100
+    usual = runs == Path("runs") / "study" and "runs" not in of_study
     runs = of_study.pop("runs", runs)
+    results = Path("results") if usual else runs / "results"  # trials of one's own go elsewhere
     tan = {"lambda_adv": of_study.pop("tan_lambda_adv")} if "tan_lambda_adv" in of_study else {}
     defaults: Flags = {"methods": tuple(METHODS), "jobs": 1, "curve_class": "wall"}
-    defaults |= {"seeds": seeds, "to": runs, "images": images, "results": Path("results")}
+    defaults |= {"seeds": seeds, "to": runs, "images": images, "results": results}
     command = shlex.join(["python", "study.py", *argv])
     study = Study(flags=flags, tan=tan, runs=runs, command=command, **defaults | of_study)
     return asked, study

@@ -571,3 +571,13 @@ def test_study_sweep_chooses_on_dev(scenes, tmp_path, monkeypatch):
     assert "seg_heads by source only" in content["notes"][0] and "mean M is" in content["notes"][0]
     lines = (tmp_path / "results" / "streets-streets-tiny.jsonl").read_text().splitlines()
     assert {json.loads(line)["settings"]["split"] for line in lines} == {"dev"}
+
+
+def test_study_only_the_usual_run_folder_is_recorded_in_the_repository():
+    for flags, folder in (
+        ([], Path("results")),
+        (["--runs", "elsewhere"], Path("elsewhere/results")),
+        (["--quick"], Path("runs/study-quick/results")),
+        (["--runs", "elsewhere", "--results", "here"], Path("here")),
+    ):
+        assert study.parse(["table", *flags])[1].results == folder
