@@ -333,9 +333,7 @@ class CompiledSteps:
             wrong = ["the check needs the memory of a step in float32, and does not fit"]
         except Exception as error:  # if the step itself is at fault, the eager one raises it again
             wrong = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
-        if (
-            graphs["unique_graphs"] > before
-        ):  # for any size, which kinds checked before may take now
+        if graphs["unique_graphs"] > before:  # other kinds may take the new graphs too
             self.decisions.clear()
         rank, _ = devices.ranks()
         if wrong and rank > 0:  # its console is quiet

@@ -53,6 +53,13 @@ def load(path: Path, device: torch.device) -> Generator:
     return G.to(device)
 
 
+def load_d(path: Path, hyper: clan.Hyper, num_classes: int) -> Discriminator:
+    """D of a checkpoint, on the CPU."""
+    D = Discriminator(num_classes, hyper.d_channels, hyper.d_strides)
+    load_weights(D, path, say=lambda _: None)
+    return D
+
+
 def open_target(flags: Flags) -> tuple[data.DataSet, data.DataSet, np.ndarray]:
     """Source, labelled validation split, and the map from the split's train ids to the source's."""
     source, _, val = open_all(configure(flags)[0])
@@ -323,8 +330,7 @@ def weightmap(study: Study) -> None:
     start = flags["out"] / BEFORE
     if not start.exists():  # adversarial from the first step on
         start = of_steps(flags["out"])[0]
-    D = Discriminator(len(source.classes), hyper.d_channels, hyper.d_strides)
-    load_weights(D, last, say=lambda _: None)
+    D = load_d(last, hyper, len(source.classes))
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     axes = figure.subplots(2, 5)
     palette = palette_of(source.classes)

@@ -227,7 +227,6 @@ def step_times_and_memory(scale: Scale) -> Iterator[Row]:
     ours = scale.ours
     plain = replace(ours, precision="ieee", plain=True)
     cases = {
-        "plain, IEEE float32": plain,
         "plain, TF32": replace(plain, precision="tf32"),
         "ours, bf16": ours,
         "ours, IEEE float32": replace(ours, precision="ieee"),
@@ -240,15 +239,19 @@ def step_times_and_memory(scale: Scale) -> Iterator[Row]:
     best = {p: ceiling(torch.device(scale.device), p) for p in ("ieee", "tf32", "bf16")}
     for name, value in best.items():
         yield {"what": f"ceiling: one large matrix product, {name}", "TFLOP/s": value / 1e12}
-    rows = ((name, timed(name, case, scale, best[case.precision])) for name, case in cases.items())
-    base = None  # of the first case; without it there is no ratio
-    for name, row in rows:
-        if name == next(iter(cases)):
-            base = row.get("images/s")
-        yield row | ({"ratio": row["images/s"] / base} if base and "images/s" in row else {})
+    first = timed("plain, IEEE float32", plain, scale, best["ieee"])
+    yield with_ratio(first, first)
+    for name, case in cases.items():
+        yield with_ratio(timed(name, case, scale, best[case.precision]), first)
     batch = largest_batch(ours, scale)
     row = timed(f"ours, bf16, batch {batch}", replace(ours, batch=batch), scale, best["bf16"])
-    yield row | ({"ratio": row["images/s"] / base} if base and "images/s" in row else {})
+    yield with_ratio(row, first)
+
+
+def with_ratio(row: Row, first: Row) -> Row:
+    """The row with its speed over that of the first; without one if either does not fit."""
+    known = "images/s" in row and "images/s" in first
+    return row | ({"ratio": row["images/s"] / first["images/s"]} if known else {})
 
 
 def largest_batch(case: Case, scale: Scale) -> int:

@@ -288,13 +288,10 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     checkpoints: the study reads the run folders, so a recorded result is not enough.
     """
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
-    known = {
-        out: None if checkpoints or finished(flags) else recorded(study, flags)
-        for out, flags in cells_of.items()
-    }
-    missing = [
-        flags for out, flags in cells_of.items() if not known[out] and finished(flags) is None
-    ]
+    known = {out: finished(flags) for out, flags in cells_of.items()}
+    for out in [out for out, result in known.items() if result is None and not checkpoints]:
+        known[out] = recorded(study, cells_of[out])
+    missing = [flags for out, flags in cells_of.items() if known[out] is None]
     donors = choose_donors(list(cells_of.values()))
     donor_of = {flags["out"]: donors.get(warm_up(flags)) for flags in missing}
     first = [flags for flags in missing if donor_of[flags["out"]] in (None, flags["out"])]

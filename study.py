@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 import clan
 import data
 import eval as evaluation
-from checkpoints import BEFORE, newest_checkpoint, read_checkpoint
+from checkpoints import BEFORE, newest_checkpoint
 from classes import INFREQUENT
 from figures import (
     bars,
@@ -35,6 +35,7 @@ from figures import (
     device_of,
     figure5,
     load,
+    load_d,
     open_target,
     params,
     tsne,
@@ -354,7 +355,8 @@ def instrument(study: Study) -> None:
         cells = "x".join(map(str, cells_of(strides, val.size)))
         field = receptive_field(strides) / val.size[0]
         for when, path in (("start", BEFORE), ("end", newest_checkpoint(flags["out"]))):
-            G, D = both_networks(flags["out"] / path, hyper)
+            G = load(flags["out"] / path, torch.device("cpu"))
+            D = load_d(flags["out"] / path, hyper, G.num_classes)
             found = gradient_cosines(G, D, val, hyper, min(study.images, 32))
             rows.append([cells, f"{field:.2f}", when, *(f"{v:.3f}" for v in found.values())])
     header = ["cells of D", "receptive field / height", "adaptation", *found]
@@ -364,16 +366,6 @@ def instrument(study: Study) -> None:
         "standard deviation over mean of the weights within an image. First seed of CLAN."
     )
     write(study, f"instrument-{study.task}", header, rows, note, results)
-
-
-def both_networks(path: Path, hyper: clan.Hyper) -> tuple[Generator, Discriminator]:
-    """G and D of a checkpoint, on the CPU."""
-    G = load(path, torch.device("cpu"))
-    D = Discriminator(G.num_classes, hyper.d_channels, hyper.d_strides)
-    tensors = read_checkpoint(path)[0]
-    of_d = {k.removeprefix("D."): v for k, v in tensors.items() if k.startswith("D.")}
-    D.load_state_dict(of_d)
-    return G, D
 
 
 def gradient_cosines(

@@ -115,7 +115,6 @@ def descend(
         values = {rounded(c * k) for c in centres for k in (1 / steps, 1.0, steps)}
     while True:
         trials.run([(m, best[m] | {name: value}) for m in best for value in sorted(values)])
-
         tops = {m: top(trials, m, best[m], name, values) for m in best}
         beyond = next_values(values, set(tops.values()), steps)
         if not beyond:
