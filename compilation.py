@@ -1,7 +1,7 @@
 """Compiled steps, used only where they give the losses and gradients of the eager ones.
 
     steps = CompiledSteps(METHODS["clan"], "on", G, console.print)
-    with steps.chosen(G, D, state, batch, phase, hyper, autocast):  # around each step of a run
+    with steps.chosen(Arguments(G, D, state, batch, phase, hyper, autocast)):  # around each step
         train.one_step(steps.method, ...)
 
 A compiler can return right losses with wrong gradients: that of torch 2.13 does, if a step
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,18 +122,22 @@ def gradients(loss: Tensor, parts: dict[str, nn.Module]) -> Parts:
     return {name: [next(found) for _ in of_part] for name, of_part in trained.items()}
 
 
-def evaluate(
-    method: Method,
-    G: Generator,
-    D: Discriminator | None,
-    state: State,
-    batch: Batch,
-    phase: Phase,
-    hyper: Hyper,
-    autocast: torch.autocast,
-) -> Parts:
+class Arguments(NamedTuple):
+    """What one step is taken with."""
+
+    G: Generator
+    D: Discriminator | None
+    state: State
+    batch: Batch
+    phase: Phase
+    hyper: Hyper
+    autocast: torch.autocast
+
+
+def evaluate(method: Method, step: Arguments) -> Parts:
     """The losses of a step, the gradients of E, C1, C2 and D, and the change of BatchNorm's running
     statistics. Leaves everything as it was."""
+    G, D, state, batch, phase, hyper, autocast = step
     own_state = (state,) if method.first_state else ()
     norms = [m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
     running = [b for m in norms for b in m.buffers()]
@@ -201,17 +205,7 @@ NAMES = {name: f"the gradient of {name}" for name in ("E", "C1", "C2", "D")}
 NAMES["BatchNorm"] = "the change of BatchNorm's statistics"
 
 
-def compare(
-    switch: Switch,
-    method: Method,
-    G: Generator,
-    D: Discriminator | None,
-    state: State,
-    batch: Batch,
-    phase: Phase,
-    hyper: Hyper,
-    autocast: torch.autocast,
-) -> tuple[list[str], dict[str, float]]:
+def compare(switch: Switch, method: Method, step: Arguments) -> tuple[list[str], dict[str, float]]:
     """What is wrong with the compiled step on this batch, and its differences in float32.
 
     The batch is taken as it is, and with every label ignored. Then the gradient of Eq. 3 is 0, and
@@ -220,16 +214,17 @@ def compare(
     compiled step may be twice as far from the eager float32 step as the eager one is, or as far as
     ROUNDING. The losses count as one part there.
     """
-    ignored = batch._replace(labels=torch.full_like(batch.labels, IGNORE))
-    off = torch.autocast(batch.labels.device.type, enabled=False)
+    labels, autocast = step.batch.labels, step.autocast
+    ignored = step.batch._replace(labels=torch.full_like(labels, IGNORE))
+    off = torch.autocast(labels.device.type, enabled=False)
     with autocast:
-        amp = torch.is_autocast_enabled(batch.labels.device.type)
+        amp = torch.is_autocast_enabled(labels.device.type)
     worst: dict[str, float] = {}
-    for where, one in (("on the batch", batch), ("with every label ignored", ignored)):
+    for where, one in (("on the batch", step.batch), ("with every label ignored", ignored)):
 
         def taken(compiled: bool, precision: torch.autocast, one: Batch = one) -> Parts:
             with switch.on(compiled):
-                return evaluate(method, G, D, state, one, phase, hyper, precision)
+                return evaluate(method, step._replace(batch=one, autocast=precision))
 
         with devices.convolutions_in("ieee"):
             exact = taken(False, off)
@@ -297,38 +292,29 @@ class CompiledSteps:
         if what == "blocks":
             self.switch.blocks(G)
 
-    def chosen(
-        self,
-        G: Generator,
-        D: Discriminator | None,
-        state: State,
-        batch: Batch,
-        phase: Phase,
-        hyper: Hyper,
-        autocast: torch.autocast,
-    ) -> AbstractContextManager[Any]:
+    def chosen(self, step: Arguments) -> AbstractContextManager[Any]:
         """The context to take this step in. Checks first, if it is the first of its kind.
 
         With several processes a step is checked by all of them if it is new to one.
         """
-        kind = kind_of(batch, phase)
+        kind = kind_of(step.batch, step.phase)
         if self.what == "off":
             self.decide(kind, "off")
             return contextlib.nullcontext()
-        self.report(batch.labels.device)
+        self.report(step.batch.labels.device)
         if devices.any_rank(kind not in self.decisions):
-            self.check(kind, G, D, state, batch, phase, hyper, autocast)
+            self.check(kind, step)
         return self.switch.on(self.decisions[kind] == self.what)
 
-    def check(self, kind: str, *step: Any) -> None:
+    def check(self, kind: str, step: Arguments) -> None:
         """Compare compiled and eager step, decide, and say so. All processes decide alike."""
         began, worst = time.perf_counter(), dict[str, float]()
         graphs = torch._dynamo.utils.counters["stats"]
         before = graphs["unique_graphs"]
         try:
-            wrong, worst = compare(self.switch, self.method, *step)
+            wrong, worst = compare(self.switch, self.method, step)
             if not wrong:
-                self.eager_costs = self.cost(False, *step) - self.cost(True, *step)
+                self.eager_costs = self.cost(False, step) - self.cost(True, step)
         except torch.OutOfMemoryError:
             wrong = ["the check needs the memory of a step in float32, and does not fit"]
         except Exception as error:  # if the step itself is at fault, the eager one raises it again
@@ -364,13 +350,13 @@ class CompiledSteps:
             self.before = {}  # said once
         self.decisions[kind] = self.known[kind] = decision
 
-    def cost(self, compiled: bool, *step: Any) -> float:
+    def cost(self, compiled: bool, step: Arguments) -> float:
         """Median seconds of the losses and gradients of a step."""
         times = []
         for _ in range(3):
             start = time.perf_counter()
             with self.switch.on(compiled):
-                parts = evaluate(self.method, *step)
+                parts = evaluate(self.method, step)
             norm(parts["E"])  # waits for the device
             times.append(time.perf_counter() - start)
         return statistics.median(times)

@@ -117,22 +117,21 @@ def precision(scale: Scale) -> Iterator[Row]:
     yield compared("bf16 against IEEE", evaluated(replace(case, precision="bf16"), scale), exact)
 
 
-def last_step(case: Case, scale: Scale) -> tuple[Subject, int, tuple]:
-    """A subject, the last step of its run, and the arguments of compilation.evaluate."""
+def last_step(case: Case, scale: Scale) -> tuple[Subject, int, compilation.Arguments]:
+    """A subject, the number of the last step of its run, and the arguments of this step."""
     step = scale.hyper.steps - 1
     subject = Subject(case, scale.hyper, step)
     batch = train.to_device(subject.batch, subject.device)
     phase = clan.phase_at(step, subject.hyper, subject.device)
-    state: dict[str, torch.Tensor] = {}
-    networks = (subject.method, subject.G, subject.D, state)
-    return subject, step, (*networks, batch, phase, subject.hyper, subject.autocast)
+    rest = batch, phase, subject.hyper, subject.autocast
+    return subject, step, compilation.Arguments(subject.G, subject.D, {}, *rest)
 
 
 def evaluated(case: Case, scale: Scale) -> compilation.Parts:
     """Losses and gradients of one step, on the CPU in float64."""
     subject, _, arguments = last_step(case, scale)
     with as_in(case), subject.switch.on():
-        found = compilation.evaluate(*arguments)
+        found = compilation.evaluate(subject.method, arguments)
     return {name: [x.cpu().double() for x in tensors] for name, tensors in found.items()}
 
 
@@ -165,13 +164,13 @@ def checked(case: Case, scale: Scale) -> Iterator[Row]:
     """The check as a run makes it, and whether a compiled step has the same bits each time."""
     subject, _, arguments = last_step(case, scale)
     began = time.perf_counter()
-    wrong, worst = compilation.compare(subject.switch, *arguments)
+    wrong, worst = compilation.compare(subject.switch, subject.method, arguments)
     name = max(worst, key=lambda part: worst[part])
     largest = {"largest difference in float32": f"{worst[name]:.1e}, {name}"}
     seconds = time.perf_counter() - began
     yield {"what": "check", "result": "; ".join(wrong) or "agrees", "seconds": seconds} | largest
     with as_in(case), subject.switch.on():
-        one, other = (compilation.evaluate(*arguments) for _ in range(2))
+        one, other = (compilation.evaluate(subject.method, arguments) for _ in range(2))
     yield {"what": "the same bits twice", "result": differing(one, other)}
 
 

@@ -45,7 +45,7 @@ from checkpoints import (
     unpack,
 )
 from clan import Batch, Hyper, Phase, Terms
-from compilation import CompiledSteps, what_to_compile
+from compilation import Arguments, CompiledSteps, what_to_compile
 from methods import METHODS, Method, State, uses_target
 from models import (
     Discriminator,
@@ -156,7 +156,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
             phase = clan.phase_at(step, hyper, device)
             set_rates(opt_g, opt_d, step, hyper)
             set_mode(G, phase, hyper)
-            with compiled.chosen(G, D, state, batch, phase, hyper, autocast):
+            with compiled.chosen(Arguments(G, D, state, batch, phase, hyper, autocast)):
                 terms = one_step(method, *parts, batch, phase, hyper, autocast)
             images = world * hyper.batch * (2 if uses_target(step, hyper) else 1)
             log.add(step + 1, terms, images)

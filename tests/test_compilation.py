@@ -31,7 +31,7 @@ import compilation
 import models
 import train
 from clan import PAPER, RELEASED, Batch
-from compilation import CompiledSteps, Switch, compare, evaluate, what_to_compile
+from compilation import Arguments, CompiledSteps, Switch, compare, evaluate, what_to_compile
 from methods import METHODS
 
 OFF = torch.autocast("cpu", enabled=False)
@@ -110,7 +110,9 @@ def broken(graph, inputs):
 def test_compilation_a_right_backend_passes(monkeypatch, method, autocast):
     monkeypatch.setattr(compilation, "BACKEND", "eager")
     switch = Switch()
-    wrong, worst = compare(switch, switch.steps(METHODS[method]), *small_case(method), autocast)
+    wrong, worst = compare(
+        switch, switch.steps(METHODS[method]), Arguments(*small_case(method), autocast)
+    )
     assert not wrong and 0 < max(worst.values()) < 1e-4  # the up-sampling differs by its rounding
     assert {"E", "C1", "C2", "seg", "G's loss"} <= worst.keys()
     assert ("D" in worst) == (method != "source")
@@ -127,7 +129,7 @@ def test_compilation_a_wrong_adversarial_gradient_is_caught(
     """At lambda_adv .001 it hides on the batch. With all labels ignored it stands alone."""
     monkeypatch.setattr(compilation, "BACKEND", faulty(factor))
     switch, case = Switch(), small_case(method, lambda_adv=0.001, detach_m=True)
-    wrong, worst = compare(switch, switch.steps(METHODS[method]), *case, autocast)
+    wrong, worst = compare(switch, switch.steps(METHODS[method]), Arguments(*case, autocast))
     where = "the gradient of E with every label ignored, in float32, differs by"
     assert any(line.startswith(where) for line in wrong)
     assert worst["E"] == pytest.approx(off, rel=0.01) and worst["D"] < 1e-4
@@ -147,7 +149,7 @@ def test_compilation_wrong_statistics_of_batchnorm_are_caught(monkeypatch, layer
 
     monkeypatch.setattr(compilation, "BACKEND", backend)
     switch = Switch()
-    wrong, worst = compare(switch, switch.steps(METHODS["tan"]), *small_case("tan"), OFF)
+    wrong, worst = compare(switch, switch.steps(METHODS["tan"]), Arguments(*small_case("tan"), OFF))
     assert len(wrong) == 1 and wrong[0].startswith("the change of BatchNorm's statistics on the")
     assert worst["BatchNorm"] > 1
 
@@ -156,10 +158,12 @@ def test_compilation_without_the_second_comparison_the_fault_would_hide(monkeypa
     """On the whole gradient a tenth of the adversarial part is less than bfloat16's rounding."""
     monkeypatch.setattr(compilation, "BACKEND", faulty(1.1))
     switch, case = Switch(), small_case("tan", lambda_adv=0.001)
-    exact = evaluate(METHODS["tan"], *case, OFF)
-    rounded = compilation.differences(evaluate(METHODS["tan"], *case, BFLOAT16), exact)
+    exact = evaluate(METHODS["tan"], Arguments(*case, OFF))
+    rounded = compilation.differences(evaluate(METHODS["tan"], Arguments(*case, BFLOAT16)), exact)
     with switch.on():
-        found = compilation.differences(evaluate(switch.steps(METHODS["tan"]), *case, OFF), exact)
+        found = compilation.differences(
+            evaluate(switch.steps(METHODS["tan"]), Arguments(*case, OFF)), exact
+        )
     assert found["E"] < 2 * rounded["E"]
 
 
@@ -185,7 +189,9 @@ def test_compilation_bfloat16_may_be_twice_as_far_as_the_eager_step(share, right
             loss = loss + share * (loss - loss.detach())
         return loss, terms, predictions
 
-    wrong, _ = compare(switch, replace(method, g_step=g_step), *small_case("tan"), BFLOAT16)
+    wrong, _ = compare(
+        switch, replace(method, g_step=g_step), Arguments(*small_case("tan"), BFLOAT16)
+    )
     assert (wrong == []) == right and all("in bfloat16" in line for line in wrong)
 
 
@@ -197,7 +203,7 @@ def test_compilation_an_evaluation_changes_nothing(method):
     before = {f"G.{k}": v.clone() for k, v in tensors_of(G).items()}
     before |= {f"D.{k}": v.clone() for k, v in tensors_of(D).items()}
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    one, two = (evaluate(METHODS[method], *case, OFF) for _ in range(2))
+    one, two = (evaluate(METHODS[method], Arguments(*case, OFF)) for _ in range(2))
     after = {f"G.{k}": v for k, v in tensors_of(G).items()}
     assert_equal(after | {f"D.{k}": v for k, v in tensors_of(D).items()}, before)
     assert all(p.grad is None for p in (*G.parameters(), *D.parameters()))
@@ -216,7 +222,7 @@ def test_compilation_a_failed_evaluation_puts_the_statistics_back():
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
-        evaluate(replace(METHODS["tan"], g_step=fails), G, D, *rest, OFF)
+        evaluate(replace(METHODS["tan"], g_step=fails), Arguments(G, D, *rest, OFF))
     assert_equal(tensors_of(G), before)
 
 
@@ -367,12 +373,12 @@ def test_compilation_a_kind_once_refused_stays_refused(monkeypatch):
     steps = CompiledSteps(
         METHODS["tan"], "on", models.Generator("tiny"), lambda text, **_: said.append(text)
     )
-    case = [*small_case("tan"), OFF]
+    case = Arguments(*small_case("tan"), OFF)
     for other_is_wrong in (True, False):
         monkeypatch.setattr(
             compilation.devices, "any_rank", lambda asked, other=other_is_wrong: asked or other
         )
-        steps.check("kind", *case)
+        steps.check("kind", case)
         assert steps.decisions["kind"] == "off"
     assert all("found wrong in another process" in text for text in said) and len(said) == 2
 
@@ -394,7 +400,7 @@ def test_compilation_a_graph_for_any_size_makes_earlier_kinds_check_again(monkey
     other = Batch(larger, labels, larger, (64, 96))
     one, two = (compilation.kind_of(b, phase) for b in (batch, other))
     for now in (batch, other, batch, other, batch, other):
-        with steps.chosen(G, D, state, now, phase, hyper, OFF):
+        with steps.chosen(Arguments(G, D, state, now, phase, hyper, OFF)):
             pass
     assert checked == [one, two, one], "once more after the graph for both"
 
@@ -412,7 +418,7 @@ def test_compilation_a_new_size_of_one_process_makes_all_check(monkeypatch):
         monkeypatch.setattr(
             compilation.devices, "any_rank", lambda asked, new=other_has_a_new_size: asked or new
         )
-        with steps.chosen(G, D, state, batch, phase, hyper, OFF):
+        with steps.chosen(Arguments(G, D, state, batch, phase, hyper, OFF)):
             assert steps.switch.compiled
         assert checked == [kind] * expected and not steps.switch.compiled
 
