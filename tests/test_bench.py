@@ -97,7 +97,7 @@ def hangs(scale):
     child = subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=True)
     yield {{"what": "known", "value": child.pid}}
     time.sleep(600)
-gpu.PARTS = {{"fails": (fails, 60), "hangs": (hangs, 10), "good": (good, 470)}}
+gpu.PARTS = {{"fails": (fails, 60), "hangs": (hangs, 10), "good": (good, 200)}}
 gpu.BENCH = __file__
 import bench
 bench.PARTS = gpu.PARTS
