@@ -486,6 +486,12 @@ def cells_of(strides: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
     return size[0] // math.prod(strides), size[1] // math.prod(strides)
 
 
+def strides_for(side: int) -> tuple[int, ...]:
+    """D's strides that leave about 16 answers along a short side: all 2 at 512, as in the paper."""
+    halvings = min(max(round(math.log2(side / 16)), 1), 5)
+    return (2,) * halvings + (1,) * (5 - halvings)
+
+
 def receptive_field(strides: Sequence[int]) -> int:
     """How many pixels of a side one of D's answers depends on: 94 with the paper's strides."""
     pixels = 1

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import clan
 from checkpoints import newest_valid, read_metadata, saved
-from data import DATASETS, targets
+from data import DATASETS, FOLDER_SHORT_SIDE, targets
 from devices import launch
 from methods import METHODS, own_fields, unused_fields
-from models import BACKBONES, check_choice, has_imagenet, lineage_for
+from models import BACKBONES, check_choice, has_imagenet, lineage_for, strides_for
 
 Compile = Literal["auto", "off", "on", "blocks"]
 Looks = Literal["game", "mixed"]
@@ -109,7 +109,9 @@ OF_BACKBONE: dict[str, Flags] = {
 
 def defaults(settings: Settings) -> Flags:
     """What the data set and the backbone change in the recipe."""
-    change = dict(OF_BACKBONE.get(settings.backbone, {}))
+    size = settings.tgt_size or DATASETS[settings.tgt].size
+    change: Flags = {"d_strides": strides_for(min(size) if size else FOLDER_SHORT_SIDE)}
+    change |= OF_BACKBONE.get(settings.backbone, {})
     if settings.src == "synthia" and settings.recipe == "released":
         change |= {"lambda_local": 10.0}
     if settings.backbone == "tiny" and settings.recipe == "paper":
