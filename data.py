@@ -154,6 +154,7 @@ def open_dataset(
     labels: Labels = "required",
     shift: Sequence[float] = (0.5, 0.5),
     mixed: bool = False,
+    scenes: int = 0,
 ) -> DataSet:
     """The images of one split, found but not read.
 
@@ -162,6 +163,7 @@ def open_dataset(
     folder. size: H W to resize to instead of the data set's own. labels: "none" for a target in
     training. shift: how much the city of streets differs from its game, in look and in layout, each
     in [0, 1]. mixed: as a source, streets draws each scene with a look between game and city.
+    scenes: which streets; each number draws all of them anew.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
@@ -176,7 +178,7 @@ def open_dataset(
         raise ValueError(f"{name} has no split {split!r}: {pool}use {choices}")
     wanted = (int(size[0]), int(size[1])) if size else kind.size
     if name == "streets":
-        return open_streets(role, split, wanted or STREETS_SIZE, tuple(shift), mixed)
+        return open_streets(role, split, wanted or STREETS_SIZE, tuple(shift), mixed, scenes)
     return kind.opener(Path(folder or ""), split, wanted, labels)
 
 
@@ -245,12 +247,14 @@ STREETS = {
 }
 
 
-def open_streets(role: str, split: str, size: Size, shift: tuple, mixed: bool = False) -> DataSet:
+def open_streets(
+    role: str, split: str, size: Size, shift: tuple, mixed: bool = False, scenes: int = 0
+) -> DataSet:
     domain = {"source": "game", "target": "city"}[role]
     first, count = STREETS[domain, split]
     if mixed and role == "source":
         domain = "mixed"
-    items = tuple((index, domain, *shift) for index in range(first, first + count))
+    items = tuple((index, domain, *shift, scenes) for index in range(first, first + count))
     return DataSet("streets", CLASSES, CLASSES, size, size, items)
 
 
@@ -367,8 +371,8 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
 
 @lru_cache(maxsize=4096)  # keeps every scene of the default run, some 90 MB
 def draw_small_street(item: tuple, size) -> tuple[np.ndarray, np.ndarray]:
-    index, domain, shift, layout = item
-    return streets.render(index, domain, size=size, shift=shift, layout=layout)
+    index, domain, shift, layout, scenes = item
+    return streets.render(index, domain, seed=scenes, size=size, shift=shift, layout=layout)
 
 
 def draw_street(item: tuple, size) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ its commit, and tables show it.
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +89,8 @@ class Study:
         name = "-".join([fields["method"], *parts])
         adaptation = fields["steps"] - fields["adv_start"]
         flags.setdefault("log_every", max(1, min(50, adaptation // 50)))  # enough for means of M
+        if configure(self.flags)[0].tgt == "streets":  # scores by step, from quick scoring
+            flags.setdefault("eval_every", max(1, adaptation // 15))
         if seed == self.seeds[0] and set(changed) <= self.tan.keys():
             flags |= {"save_every": max(1, fields["steps"] // 16), "keep": 100}
         return flags | {"seed": seed, "out": self.runs / self.task / f"{name}-seed{seed}"}
@@ -102,7 +106,7 @@ RESULT = "study.json"  # of a finished run: its scores, time and machine
 # What is recorded of a result besides where it was made.
 KEPT: tuple[str, ...] = ("miou", "miou_13", "miou_before", "iou", "images", "left_out")
 KEPT += ("seconds", "threads", "mean_weight", "d_loss", "d_source", "d_target")
-KEPT += ("confidence", "m", "shares")
+KEPT += ("confidence", "m", "shares", "curve")
 
 
 def same_run(fields: dict) -> dict:
@@ -115,14 +119,19 @@ def same_run(fields: dict) -> dict:
 
 
 def recorded(study: Study, flags: Flags) -> dict | None:
-    """The recorded result of a run with these flags, in the form of `run_cell`'s, else None."""
+    """The recorded result of a run with these flags, in the form of `run_cell`'s, else None.
+
+    A field that is newer than a line had its default in that run.
+    """
     path = study.results / f"{study.task}.jsonl"
     if not path.exists():
         return None
     fields = all_fields(flags)
+    wanted = same_run(fields)
+    usual = {k: v for k, v in usual_fields().items() if k in wanted}
     for line in reversed(path.read_text().splitlines()):  # the newest counts
         found = json.loads(line)
-        if found["settings"] == same_run(fields) and found["seed"] == fields["seed"]:
+        if usual | found["settings"] == wanted and found["seed"] == fields["seed"]:
             settings = {"settings": fields, "checkpoint": str(flags["out"])}
             return found["result"] | {k: found[k] for k in ("commit", "machine")} | settings
     return None
@@ -143,6 +152,11 @@ def all_fields(flags: Flags) -> dict:
     """All fields of a run, as its checkpoints write them."""
     settings, hyper = configure(flags)
     return json.loads(json.dumps(asdict(settings) | asdict(hyper), default=str))
+
+
+def usual_fields() -> dict:
+    """The default of each field."""
+    return json.loads(json.dumps(asdict(Settings()) | asdict(clan.PAPER), default=str))
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -234,16 +248,22 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
 
 
 def logged(flags: Flags) -> dict:
-    """What a finished run's log says of the adversarial steps.
+    """What a finished run's log says of the steps from adv_start on.
 
-    The mean weight of Eq. 5, D's last answers, and D's mean loss over the last fifth of them.
+    The mean weight of Eq. 5, D's last answers, D's mean loss over the last fifth of them, and the
+    curve: [step, IoU by class] of each score on the target.
     """
-    lines = [line for line in metrics(flags["out"]) if "d" in line]
+    _, hyper = configure(flags)
+    logged_lines = metrics(flags["out"])
+    scores = [x for x in logged_lines if "target_iou" in x and x["step"] > hyper.adv_start]
+    lines = [line for line in logged_lines if "d" in line]
     weight = mean_weight(flags)
-    found = {} if weight is None else {"mean_weight": weight}
+    found: dict[str, Any] = {} if weight is None else {"mean_weight": weight}
     if lines:
         found |= {k: lines[-1][k] for k in ("d_source", "d_target")}
         found["d_loss"] = float(np.mean([x["d"] for x in lines[-max(1, len(lines) // 5) :]]))
+    if scores:
+        found["curve"] = [[x["step"], x["target_iou"]] for x in scores]
     return found
 
 
@@ -424,6 +444,48 @@ def interval(differences: Iterable[float], draws: int = 10_000) -> tuple[float, 
     return float(low), float(high)
 
 
+def t_quantile(p: float, freedom: int) -> float:
+    """The value that Student's t, with so many degrees of freedom, stays below with probability p.
+
+    Found by bisection over the integral of the density (Simpson's rule).
+    """
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    scale = math.exp(log_scale) / math.sqrt(freedom * math.pi)
+
+    def below(x: float) -> float:
+        t = np.linspace(0, x, 2001)
+        density = scale * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
+        simpson = density[0] + density[-1] + 4 * density[1:-1:2].sum() + 2 * density[2:-1:2].sum()
+        return 0.5 + simpson * x / 2000 / 3
+
+    low, high = -200.0, 200.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < p else (low, middle)
+    return low
+
+
+def t_interval(differences: Iterable[float]) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences by Student's t; NaN for fewer than two."""
+    mean, deviation = spread(differences := list(differences))
+    if len(differences) < 2:
+        return float("nan"), float("nan")
+    half = t_quantile(0.975, len(differences) - 1) * deviation / math.sqrt(len(differences))
+    return mean - half, mean + half
+
+
+def detectable(differences: Iterable[float]) -> float:
+    """The mean difference that so many pairs find in 80 % of all cases, at the 5 % level.
+
+    (t.975 + t.80) s / sqrt(n), with the deviation s of these n differences.
+    """
+    _, deviation = spread(differences := list(differences))
+    n = len(differences)
+    if n < 2:
+        return float("nan")
+    return (t_quantile(0.975, n - 1) + t_quantile(0.8, n - 1)) * deviation / math.sqrt(n)
+
+
 def mean_and_deviation(values: Iterable[float | None]) -> str:
     """Mean and deviation of scores in %, such as '42.8 ± 6.1'."""
     mean, deviation = spread(values)
@@ -432,14 +494,29 @@ def mean_and_deviation(values: Iterable[float | None]) -> str:
     return f"{100 * mean:.1f}" + ("" if np.isnan(deviation) else f" ± {100 * deviation:.1f}")
 
 
+def points_apart(a: list[dict], b: list[dict], pick: Pick = miou) -> list[float]:
+    """The paired differences a - b in points. A seed on which a class does not occur is left out.
+
+    Raises ValueError if the two are not of the same seeds, in the same order.
+    """
+    seeds_a, seeds_b = ([r["settings"]["seed"] for r in group] for group in (a, b))
+    if seeds_a != seeds_b:
+        raise ValueError(f"runs of seeds {seeds_a} and {seeds_b} make no pairs")
+    both = [(pick(x), pick(y)) for x, y in zip(a, b, strict=True)]
+    return [100 * (x - y) for x, y in both if x is not None and y is not None]
+
+
 def difference(a: list[dict], b: list[dict], pick: Pick = miou) -> str:
     """'-0.6 [-2.1, 0.9]': the paired mean of a - b in points, and its bootstrap interval."""
-    both = [(pick(x), pick(y)) for x, y in zip(a, b, strict=True)]
-    pairs = [100 * (x - y) for x, y in both if x is not None and y is not None]
+    pairs = points_apart(a, b, pick)
     if not pairs:
         return "-"
-    low, high = interval(pairs)
-    return f"{np.mean(pairs):+.1f}" + ("" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
+    return f"{np.mean(pairs):+.1f}{brackets(interval(pairs))}"
+
+
+def brackets(limits: tuple[float, float]) -> str:
+    """' [-2.1, +0.9]', or nothing if there is no interval."""
+    return "" if np.isnan(limits[0]) else f" [{limits[0]:+.1f}, {limits[1]:+.1f}]"
 
 
 # Writing results.

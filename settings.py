@@ -25,7 +25,7 @@ from methods import METHODS, own_fields, unused_fields
 from models import BACKBONES, check_choice, has_imagenet, lineage_for, strides_for
 
 Compile = Literal["auto", "off", "on", "blocks"]
-Looks = Literal["game", "mixed"]
+Looks = Literal["game", "mixed", "city"]
 Cudnn = Literal["auto", "fastest", "deterministic"]
 Flags = dict[str, Any]  # the flags that were given, by field
 
@@ -44,7 +44,8 @@ class Settings:
     backbone: str = "auto"  # auto: tiny for streets to streets, else r101
     lineage: str | None = None  # whose first weights: caffe or torchvision; default: by --init
     init: str = "auto"  # first weights of G: a file, imagenet or none; auto: imagenet if any
-    looks: Looks = "game"  # of streets as a source; mixed: each scene its own, from game to city
+    looks: Looks = "game"  # of streets as a source; mixed: each its own; city: for a bound
+    scenes: int = 0  # which streets: each number draws all of them anew
     shift: tuple[float, float] = (0.5, 0.5)  # how streets' city differs from its game: look, layout
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
     seed: int = 0  # for the initial weights, the order of the samples and their augmentation
@@ -58,7 +59,7 @@ class Settings:
     workers: int = -1  # processes that read images; -1: one a core, at most 8; none for streets
     log_every: int = 50  # steps between lines of metrics.jsonl
     split: Literal["val", "dev"] = "val"  # of the target to score on; dev: to choose settings by
-    eval_every: int = 0  # steps between scores on the target's val split; 0: only at the end
+    eval_every: int = 0  # steps between scores on the target, from adv_start on; 0: at the end
     save_every: int = 1000  # steps between checkpoints
     keep: int = 3  # how many checkpoints to keep
 
@@ -76,6 +77,8 @@ class Settings:
                 raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
         if self.src != "streets" and self.looks != Settings.looks:
             raise ValueError(f"--looks is only for --src streets: drop it, or --src {self.src}")
+        if self.scenes and "streets" not in (self.src, self.tgt):
+            raise ValueError("--scenes is only for streets: drop it")
         if self.tgt not in ("streets", "auto") and self.split == "dev":
             raise ValueError(f"--split dev is only for --tgt streets: drop it, or --tgt {self.tgt}")
         if self.tgt not in ("streets", "auto") and self.shift != (0.5, 0.5):
@@ -89,7 +92,15 @@ class Settings:
         return self.out
 
 
-LEAST = {"log_every": 1, "save_every": 1, "keep": 1, "eval_every": 0, "workers": -1, "seed": 0}
+LEAST = {
+    "log_every": 1,
+    "save_every": 1,
+    "keep": 1,
+    "eval_every": 0,
+    "workers": -1,
+    "seed": 0,
+    "scenes": 0,
+}
 
 # Settings that a resumed run may change: folders, device, and when something is written. (Another
 # device rounds differently. A resumed run is equal bit for bit only on the same device.)

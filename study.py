@@ -24,26 +24,24 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-import clan
 import data
 import eval as evaluation
 from checkpoints import BEFORE, newest_checkpoint
 from classes import INFREQUENT
+from control import GRADIENT, REGIMES, control, instrument, on_streets
 from figures import (
     bars,
     ccd,
     device_of,
     figure5,
     load,
-    load_d,
     open_target,
     params,
     tsne,
     weightmap,
 )
-from losses import adversarial_loss, discrepancy_map
 from methods import METHODS
-from models import Discriminator, Generator, cells_of, receptive_field
+from models import Generator
 from runlog import Stopped
 from runs import (
     INTERVALS,
@@ -164,10 +162,6 @@ def agreement(
     return numbers, by_class
 
 
-GRADIENT = {True: "no gradient through M", False: "gradient through M"}  # by detach_m
-REGIMES = {"look and layout": (0.5, 0.5), "look alone": (0.5, 0.0)}  # values of --shift
-
-
 def head_settings(study: Study) -> dict[str, Flags]:
     """What may make the two heads disagree: the rows of `disagreement`."""
     _, hyper = configure(study.flags)
@@ -183,12 +177,6 @@ def head_settings(study: Study) -> dict[str, Flags]:
     if on_streets(study):
         settings["shift of look alone"] = {"shift": REGIMES["look alone"]}
     return settings
-
-
-def on_streets(study: Study) -> bool:
-    """Whether the target is streets at its default shift: a study may then add other shifts."""
-    settings, _ = configure(study.flags)
-    return settings.tgt == "streets" and "shift" not in study.flags
 
 
 def disagreement(study: Study) -> None:
@@ -239,187 +227,6 @@ def disagreement(study: Study) -> None:
     figure.axes[0].set_ylabel("correlation of M with error")
     distinct = [r for group in results.values() for r in group]
     save_figure(study, figure, f"disagreement-{study.task}", distinct)
-
-
-# Does it matter where M puts the weight, or how much weight there is?
-
-
-def known_mean_weight(result: dict) -> float:
-    """The mean weight of a CLAN run. Raises ValueError if it logged no M."""
-    if "mean_weight" not in result:
-        run = result["checkpoint"]
-        raise ValueError(f"{run} logged no M: --log-every is larger than its adaptation")
-    return result["mean_weight"]
-
-
-SCALED = "(a) TAN, lambda_adv times CLAN's mean weight"
-
-
-def control(study: Study) -> None:
-    """Does it matter where M puts the weight, or how large it is? On streets in two regimes.
-
-    Only a shift of layout and class frequency can show negative transfer.
-    """
-    _, hyper = configure(study.flags)
-    regimes: dict[str, Flags] = {"": {}}
-    if on_streets(study):
-        regimes = {name: {"shift": shift} for name, shift in REGIMES.items()}
-    groups = {
-        (regime, name): study.cells(**shift, **change)
-        for regime, shift in regimes.items()
-        for name, change in variants(study).items()
-    }
-    results = run_groups(study, groups)
-    for regime, shift in regimes.items():
-        rates = [hyper.lambda_adv * known_mean_weight(r) for r in results[regime, "CLAN"]]
-        groups[regime, SCALED] = [
-            study.cell(seed, **shift, method="tan", lambda_adv=rate)
-            for seed, rate in zip(study.seeds, rates, strict=True)
-        ]
-    results = run_groups(study, groups)
-    for regime in regimes:
-        control_table(study, regime, results)
-
-
-def variants(study: Study) -> dict[str, Flags]:
-    """What each row of the control changes in CLAN, by its name."""
-    settings, hyper = configure(study.flags)
-    recipe = "released" if settings.recipe == "paper" else "paper"
-    return {
-        "source only": {"method": "source"},
-        "TAN": {"method": "tan"},
-        "CLAN": {},
-        "(b) M shuffled over the pixels": {"m_control": "shuffled"},
-        "(c) Eq. 4, every weight 1": {"lambda_local": 0.0, "eps": 1.0},
-        "(d) Eq. 5, no Eq. 4": {"lambda_weight": 0.0},
-        f"(e) {GRADIENT[not hyper.detach_m]}": {"detach_m": not hyper.detach_m},
-        f"(f) recipe {recipe}": {"recipe": recipe},
-        "(g) weights scaled to mean 1 (a deviation)": {"m_mean1": True},
-    }
-
-
-def lost_classes(result: dict, baseline: dict) -> int:
-    """How many classes have an IoU more than 2 points below that of another result."""
-    pairs = [(v, baseline["iou"][name]) for name, v in result["iou"].items()]
-    return sum(a < b - 0.02 for a, b in pairs if a is not None and b is not None)
-
-
-def control_table(study: Study, regime: str, results: dict) -> None:
-    """The control in one regime of streets."""
-    results = {name: group for (r, name), group in results.items() if r == regime}
-    rows = []
-    for name, group in results.items():
-        rare = [spread(r["iou"].get(c) for c in INFREQUENT)[0] for r in group]
-        lost = [lost_classes(*both) for both in zip(group, results["source only"], strict=True)]
-        before = mean_and_deviation(r.get("miou_before") for r in group)
-        row = [
-            name,
-            before,
-            mean_and_deviation(map(miou, group)),
-            mean_and_deviation(rare),
-            f"{np.mean(lost):.1f}",
-        ]
-        row += [difference(group, results["TAN"]), difference(group, results["CLAN"])]
-        weight, _ = spread(r.get("mean_weight") for r in group)
-        rows.append([*row, "" if np.isnan(weight) else f"{weight:.2f}"])
-    header = ["variant", "before", "mIoU", "infrequent", "classes lost"]
-    header += ["minus TAN", "minus CLAN", "mean weight"]
-    note = (
-        f"Streets, shift of {regime}. " * bool(regime) + "mIoU before adaptation and after it, "
-        "and mean IoU of "
-        f"{', '.join(INFREQUENT)} in %, last checkpoint, mean ± deviation. Classes lost: how many "
-        f"fall more than 2 points below source only. {INTERVALS} Mean weight: "
-        "lambda_local M + eps over the adversarial steps."
-    )
-    name = "-".join(["control", study.task, *regime.split()])
-    write(study, name, header, rows, note, results)
-
-
-# Can the set-up tell where the weight is?
-
-GRIDS = ((2, 2, 2, 2, 2), (2, 2, 2, 1, 1), (2, 2, 1, 1, 1))  # of D, as --d-strides
-
-
-def instrument(study: Study) -> None:
-    """Could the place of the weight matter? G's adversarial gradient by D's grid.
-
-    Cosines between the gradient with CLAN's weights and that with the same weights shuffled over
-    the pixels, or with 1 everywhere. Where they are near 1, no study can tell the three apart.
-    """
-    groups = {strides: [study.cell(study.seeds[0], d_strides=strides)] for strides in GRIDS}
-    results = run_groups(study, groups, checkpoints=True)
-    rows = []
-    for strides, (flags,) in groups.items():
-        _, hyper = configure(flags)
-        _, val, _ = open_target(flags)
-        cells = "x".join(map(str, cells_of(strides, val.size)))
-        field = receptive_field(strides) / val.size[0]
-        for when, path in (("start", BEFORE), ("end", newest_checkpoint(flags["out"]))):
-            G = load(flags["out"] / path, torch.device("cpu"))
-            D = load_d(flags["out"] / path, hyper, G.num_classes)
-            found = gradient_cosines(G, D, val, hyper, min(study.images, 32))
-            rows.append([cells, f"{field:.2f}", when, *(f"{v:.3f}" for v in found.values())])
-    header = ["cells of D", "receptive field / height", "adaptation", *found]
-    note = (
-        "Cosines of G's adversarial gradient on the target with the weights of M, against the same "
-        "weights shuffled and against weight 1: at the logits, and of E's filters. Spread: "
-        "standard deviation over mean of the weights within an image. First seed of CLAN."
-    )
-    write(study, f"instrument-{study.task}", header, rows, note, results)
-
-
-def gradient_cosines(
-    G: Generator, D: Discriminator, val: data.DataSet, hyper: clan.Hyper, count: int
-) -> dict[str, float]:
-    """Means over images: of the weight, its spread, and the cosines between gradients."""
-    G.eval()
-    found: dict[str, list[float]] = {}
-    for i, image, _ in evaluation.spread_images(val, count):
-        logits = G(image[None])
-        m = discrepancy_map(*(clan.upsample(x, val.size).softmax(dim=1) for x in logits))
-        m = m.detach() if hyper.detach_m else m
-        torch.manual_seed(i)  # of the shuffle
-        weight, p = clan.adaptive_weight(m, hyper), ensemble(logits, val.size)
-        shuffled = replace(hyper, m_control="shuffled", m_mean1=False)
-        weights = {
-            "M": weight,
-            "shuffled": clan.controlled_weight(weight, p, shuffled),
-            "1": torch.ones_like(weight),
-        }
-        gradients = {k: adversarial_gradient(G, D, logits, w, val.size) for k, w in weights.items()}
-        values = {
-            "mean weight": weights["M"].mean().item(),
-            "spread": (weights["M"].std() / weights["M"].mean()).item(),
-        }
-        for where, at in (("logits", 0), ("E", 1)):
-            for other in ("shuffled", "1"):
-                a, b = gradients["M"][at], gradients[other][at]
-                cosine = F.cosine_similarity(a, b, dim=0).item()
-                values[f"M and {other}, {where}"] = cosine
-        for name, value in values.items():
-            found.setdefault(name, []).append(value)
-    return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def ensemble(logits: tuple[torch.Tensor, torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-    """The ensemble p, B C H W."""
-    logits_1, logits_2 = (clan.upsample(x, size) for x in logits)
-    return (logits_1 + logits_2).softmax(dim=1)
-
-
-def adversarial_gradient(
-    G: Generator,
-    D: Discriminator,
-    logits: tuple[torch.Tensor, torch.Tensor],
-    weight: torch.Tensor,
-    size: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of Eq. 5 in G's loss on a target image: at both heads' logits, and of E."""
-    answer = clan.domain_logits(clan.without_gradient(D), ensemble(logits, size))
-    loss = adversarial_loss(answer, is_source=True, weight=weight)
-    filters = [x for x in G.E.parameters() if x.ndim == 4]
-    found = torch.autograd.grad(loss, [*logits, *filters], retain_graph=True)
-    return torch.cat([x.flatten() for x in found[:2]]), torch.cat([x.flatten() for x in found[2:]])
 
 
 # Photographs as the target.

@@ -185,14 +185,16 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     tgt, shift = settings.tgt, settings.shift
     tgt_dir = folder(tgt, settings.tgt_dir)
     size = settings.tgt_size
-    target = data.open_dataset(tgt, "target", "train", tgt_dir, size, labels="none", shift=shift)
-    val = data.open_dataset(tgt, "target", settings.split, tgt_dir, target.size, shift=shift)
+    drawn: Any = {"shift": shift, "scenes": settings.scenes}
+    target = data.open_dataset(tgt, "target", "train", tgt_dir, size, labels="none", **drawn)
+    val = data.open_dataset(tgt, "target", settings.split, tgt_dir, target.size, **drawn)
     src_size = settings.src_size
     if settings.src == "streets" and not src_size:  # drawn at the size of its target
         src_size = target.size
     src_dir = folder(settings.src, settings.src_dir)
-    mixed = settings.looks == "mixed"
-    source = data.open_dataset(settings.src, "source", "train", src_dir, src_size, mixed=mixed)
+    drawn["mixed"] = settings.looks == "mixed"
+    role = "target" if settings.looks == "city" else "source"
+    source = data.open_dataset(settings.src, role, "train", src_dir, src_size, **drawn)
     return source, target, val
 
 
@@ -373,11 +375,11 @@ def after_step(
     """What is due after `done` steps: a score, a checkpoint, or the end if the run must stop."""
     stopping = devices.any_rank(stop.asked)
     adapts_next = done == hyper.adv_start and METHODS[hyper.method].reads_target
-    due = settings.eval_every and done % settings.eval_every == 0 and done < hyper.steps
-    if adapts_next or due:
-        miou = score()["miou"]
-        log.record({"step": done, "target_miou": miou})
-        log.bar.console.print(f"step {done}: target mIoU {100 * miou:.1f}")
+    due = settings.eval_every and done % settings.eval_every == 0
+    if adapts_next or (due and hyper.adv_start < done < hyper.steps):
+        result = score()
+        log.record({"step": done, "target_miou": result["miou"], "target_iou": result["iou"]})
+        log.bar.console.print(f"step {done}: target mIoU {100 * result['miou']:.1f}")
     if adapts_next:  # after the score, which a run resumed from here must have
         keep(done, BEFORE)
     if done % settings.save_every == 0 or done == hyper.steps or stopping:

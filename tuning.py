@@ -28,7 +28,7 @@ AXES: tuple[tuple[str, float | tuple[int, ...]], ...] = (
     ("length", (250, 500, 750)),
     ("lambda_adv", 2.0),
 )
-START = {"lambda_adv": 0.02, "lr_d": 1e-4, "length": 500}
+START = {"lambda_adv": 0.05, "lr_d": 1e-4, "length": 500}
 LONGEST = 1000  # steps of adaptation: the first command should take minutes
 Values = dict[str, float]  # of a trial, by field; length: steps of adaptation
 
@@ -46,6 +46,7 @@ class Trials:
         unused = METHODS[method].unused
         change = {k: v for k, v in (self.fixed | values).items() if k not in unused}
         length = change.pop("length")
+        change |= {"eval_every": 0}  # no curves of trials
         return change | {"method": method, "steps": hyper.adv_start + int(length)}
 
     def run(self, wanted: list[tuple[str, Values]]) -> None:

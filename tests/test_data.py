@@ -663,3 +663,11 @@ def test_data_the_splits_of_streets_share_no_scene(role):
     ]
     assert all(len(split) >= 250 for split in scenes)
     assert len(set.union(*scenes)) == sum(map(len, scenes))
+
+
+def test_data_scenes_of_another_number_are_drawn_anew():
+    first, again, other = (
+        data.open_dataset("streets", "target", "val", scenes=number) for number in (0, 0, 1)
+    )
+    assert first.items == again.items and not set(first.items) & set(other.items)
+    assert (data.image_at(first, 0) != data.image_at(other, 0)).any()

@@ -31,7 +31,7 @@ from weights import load_generator
 ORDER = (
     *("losses", "clan", "methods", "classes", "streets", "data", "checkpoints", "models"),
     *("weights", "devices", "compilation", "settings", "runlog", "eval", "train", "runs"),
-    *("figures", "tuning", "study", "measure", "gpu", "bench"),
+    *("figures", "tuning", "control", "study", "measure", "gpu", "bench"),
 )
 
 

@@ -760,3 +760,38 @@ def test_train_scores_on_dev_if_it_is_asked_to(few, tmp_path, capsys):
     assert scores[0] != scores[1]
     for flags in ("--tgt folder --tgt-dir x --split dev", "--src gta5 --looks mixed"):
         assert "is only for" in run_error(*flags.split())
+
+
+def test_train_on_the_labels_of_the_target_is_asked_for_by_name():
+    """The bound of the studies: the source is what the target trains on, with its labels."""
+    settings, _ = configure({"looks": "city", "shift": (0.2, 0.3), "scenes": 4})
+    source, target, val = train.open_all(settings)
+    assert source.items == target.items and not set(source.items) & set(val.items)
+    assert {item[2:] for item in source.items + val.items} == {(0.2, 0.3, 4)}
+    plain, target, _ = train.open_all(configure({})[0])
+    assert not set(plain.items) & set(target.items)
+    assert "--scenes is only for streets" in run_error(
+        "--src", "gta5", "--tgt", "cityscapes", "--scenes", "1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "strides", "cells"),
+    (
+        ({}, (2, 2, 1, 1, 1), (16, 32)),
+        ({"tgt_size": (96, 128)}, (2, 2, 2, 1, 1), (12, 16)),
+        ({"tgt_size": (256, 512)}, (2, 2, 2, 2, 1), (16, 32)),
+        ({"tgt": "folder"}, (2, 2, 2, 1, 1), (18, 24)),
+        ({"src": "gta5"}, (2, 2, 2, 2, 2), (16, 32)),
+        ({"src": "synthia", "recipe": "released", "backbone": "vgg16"}, (2,) * 5, (16, 32)),
+        ({"tgt_size": (256, 512), "d_strides": (2, 2, 2, 2, 2)}, (2,) * 5, (8, 16)),
+    ),
+)
+def test_train_ds_grid_follows_from_the_size_of_the_target(flags, strides, cells):
+    """About the 16x32 cells of the paper; each sees .15 to .6 of the height."""
+    settings, hyper = configure(flags)
+    assert hyper.d_strides == strides
+    size = settings.tgt_size or {"gta5": (512, 1024), "synthia": (512, 1024)}.get(settings.src)
+    size = size or ((64, 128) if settings.tgt == "streets" else (144, 192))
+    assert models.cells_of(strides, size) == cells
+    assert 0.15 <= models.receptive_field(strides) / size[0] <= 0.6
