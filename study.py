@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ import data
 import eval as evaluation
 from checkpoints import BEFORE, newest_checkpoint
 from classes import INFREQUENT
-from control import GRADIENT, REGIMES, control, instrument, on_streets
+from control import GRADIENT, REGIMES, SEEDS, control, instrument, on_streets
 from figures import (
     bars,
     ccd,
@@ -316,24 +317,33 @@ FOR_ALL = {
     "to",
     "results",
 }  # flags of this program that every study reads
-# Each study and the further flags that it reads.
-COMMANDS: dict[str, tuple[Callable[[Study], None], set[str]]] = {
-    "table": (table_1_and_2, {"methods", "tan_lambda_adv"}),
-    "ccd": (ccd, {"methods", "tan_lambda_adv", "images", "curve_class"}),
-    "params": (params, {"tan_lambda_adv"}),
-    "tsne": (tsne, {"methods", "tan_lambda_adv", "images"}),
-    "figure5": (figure5, {"methods", "tan_lambda_adv"}),
-    "weightmap": (weightmap, set()),
-    "disagreement": (disagreement, {"images"}),
-    "control": (control, {"tan_lambda_adv"}),
-    "instrument": (instrument, {"images"}),
-    "sweep": (sweep, set()),
-    "remedies": (remedies, {"methods", "tan_lambda_adv"}),
-    "dusk": (dusk, {"methods", "tan_lambda_adv"}),
+
+
+class Command(NamedTuple):
+    """A row of COMMANDS."""
+
+    make: Callable[[Study], None]
+    reads: set[str]  # further flags of this program
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # unless --seeds says others
+
+
+COMMANDS = {
+    "table": Command(table_1_and_2, {"methods", "tan_lambda_adv"}),
+    "ccd": Command(ccd, {"methods", "tan_lambda_adv", "images", "curve_class"}),
+    "params": Command(params, {"tan_lambda_adv"}, (0, 1, 2)),
+    "tsne": Command(tsne, {"methods", "tan_lambda_adv", "images"}),
+    "figure5": Command(figure5, {"methods", "tan_lambda_adv"}),
+    "weightmap": Command(weightmap, set()),
+    "disagreement": Command(disagreement, {"images"}, (0, 1)),
+    "control": Command(control, {"tan_lambda_adv"}, SEEDS),
+    "instrument": Command(instrument, {"images"}, TUNING_SEEDS),
+    "sweep": Command(sweep, set(), TUNING_SEEDS),
+    "remedies": Command(remedies, {"methods", "tan_lambda_adv"}, (0, 1, 2)),
+    "dusk": Command(dusk, {"methods", "tan_lambda_adv"}, (0, 1, 2)),
 }
 NOT_IN_ALL = ("instrument", "sweep", "remedies", "dusk")  # for tuning, or of photographs
 QUICK = {"steps": 240, "adv_start": 165}  # flags of --quick
-OPTIONS = FOR_ALL.union(*(reads for _, reads in COMMANDS.values()))
+OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets
 
 
@@ -358,7 +368,7 @@ def count_of(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    summaries = {name: (f.__doc__ or "").splitlines()[0] for name, (f, _) in COMMANDS.items()}
+    summaries = {k: (c.make.__doc__ or "").splitlines()[0] for k, c in COMMANDS.items()}
     listed = "\n".join(f"  {name:13}{summary}" for name, summary in summaries.items())
     top = argparse.ArgumentParser(
         description=f"{(__doc__ or '').splitlines()[0]}\n\n{listed}",
@@ -368,7 +378,7 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     top.add_argument("what", choices=[*COMMANDS, "all"])
-    top.add_argument("--seeds", type=seeds_of, help="such as 0,1,2 [0 to 4; sweep: 10,11,12]")
+    top.add_argument("--seeds", type=seeds_of, help="such as 0,1,2 [0 to 4, but for some studies]")
     top.add_argument("--quick", action="store_true", help="streets: short runs, two seeds")
     top.add_argument("--jobs", type=count_of, help="runs at a time [1]")
     top.add_argument("--runs", type=Path, help="where runs go [runs/study]")
@@ -382,44 +392,43 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def parse(argv: list[str]) -> tuple[list[str], Study]:
-    """(names of the studies to make, what they have in common)."""
+def parse(argv: list[str]) -> dict[str, Study]:
+    """The studies to make, by name."""
     flags = vars(parser().parse_args(argv))
     flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
     what = flags.pop("what")
     asked = [name for name in COMMANDS if name not in NOT_IN_ALL] if what == "all" else [what]
-    read = FOR_ALL.union(*(COMMANDS[name][1] for name in asked))
+    read = FOR_ALL.union(*(COMMANDS[name].reads for name in asked))
     unused = (OPTIONS & flags.keys()) - read
     if unused:
         raise ValueError(f"{what} does not use {', '.join(map(flag_of, sorted(unused)))}")
     of_study = {key: flags.pop(key) for key in OPTIONS & flags.keys()}
     if what == "dusk":
         flags = {"src": "folder", "tgt": "folder", "backbone": "lite0"} | flags
-    seeds: tuple[int, ...] = {"dusk": (0, 1, 2), "sweep": TUNING_SEEDS}.get(what, (0, 1, 2, 3, 4))
+    seeds = {name: COMMANDS[name].seeds for name in asked}
     runs, images = Path("runs") / "study", 1000
     if of_study.pop("quick", False):
         if configure(flags)[0].backbone != "tiny":
             raise ValueError("--quick is for streets: give --steps and --seeds instead")
-        flags, seeds, runs, images = QUICK | flags, (0, 1), Path("runs") / "study-quick", 100
+        flags, runs, images = QUICK | flags, Path("runs") / "study-quick", 100
+        seeds = dict.fromkeys(asked, (0, 1))
     usual = runs == Path("runs") / "study" and "runs" not in of_study
     runs = of_study.pop("runs", runs)
     results = Path("results") if usual else runs / "results"  # trials of one's own go elsewhere
     tan = {"lambda_adv": of_study.pop("tan_lambda_adv")} if "tan_lambda_adv" in of_study else {}
     defaults: Flags = {"methods": tuple(METHODS), "jobs": 1, "curve_class": "wall"}
-    defaults |= {"seeds": seeds, "to": runs, "images": images, "results": results}
+    defaults |= {"seeds": (), "to": runs, "images": images, "results": results}
     command = shlex.join(["python", "study.py", *argv])
     study = Study(flags=flags, tan=tan, runs=runs, command=command, **defaults | of_study)
-    return asked, study
+    return {name: study if study.seeds else replace(study, seeds=seeds[name]) for name in asked}
 
 
 def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
-        asked, study = parse(sys.argv[1:] if argv is None else argv)
-        for name in asked:
-            run, _ = COMMANDS[name]
-            run(study)
+        for name, study in parse(sys.argv[1:] if argv is None else argv).items():
+            COMMANDS[name].make(study)
     except (Stopped, KeyboardInterrupt):
         print("stopped; run the same command to go on", file=sys.stderr)
         sys.exit(130)

@@ -142,8 +142,8 @@ def next_values(values: set[float], tops: set[float], steps: float | tuple[int, 
 
 
 def rounded(value: float) -> float:
-    """To two digits, so that values met by two ways are equal."""
-    return float(f"{value:.2g}")
+    """To three digits, so that values met by two ways are equal."""
+    return float(f"{value:.3g}")
 
 
 def chosen_heads(study: Study) -> tuple[str, str]:

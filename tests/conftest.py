@@ -67,6 +67,13 @@ def few(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def scenes(monkeypatch):
+    """Streets of a few scenes, for runs within this process."""
+    for key, (first, _) in data.STREETS.items():
+        monkeypatch.setitem(data.STREETS, key, (first, 6))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A finished run, to be looked at and copied, not changed."""

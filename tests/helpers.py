@@ -314,7 +314,7 @@ CELLS = f"{CELLS} --log-every 1 --device cpu".split()
 
 
 def studied(what: str, folder: Path, *flags: str) -> Path:
-    if "images" in study.COMMANDS[what][1] and "--images" not in flags:
+    if "images" in study.COMMANDS[what].reads and "--images" not in flags:
         flags = (*flags, "--images", "6")
     if "--results" not in flags:
         flags = (*flags, "--results", str(folder / "results"))

@@ -685,8 +685,8 @@ def test_train_set_mode_walks_only_if_something_changes(monkeypatch):
 
 def test_train_on_cuda_a_resumed_run_is_not_promised_to_have_the_same_bits(finished, tmp_path):
     path = checkpoints.newest_checkpoint(finished)
-    _, hyper = configure({"d_channels": 4})
-    parts = (models.Generator("tiny"), models.Discriminator(19, 4))
+    _, hyper = configure({"d_channels": 4, "tgt_size": (32, 64)})
+    parts = (models.Generator("tiny"), models.Discriminator(19, 4, hyper.d_strides))
     parts += (*train.build_optimizers(*parts, hyper), {})
     for device, promised in (("cpu", True), ("cuda", False)):
         console = Console(file=io.StringIO())
