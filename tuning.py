@@ -146,10 +146,17 @@ def rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
+def at_start(study: Study) -> Flags:
+    """The number of steps that the first trials have: they go on from the warm-up of these runs."""
+    _, hyper = configure(study.flags)
+    return {"steps": hyper.adv_start + int(START["length"]), "eval_every": 0}
+
+
 def chosen_heads(study: Study) -> tuple[str, str]:
     """ensemble or each: which source-only network is better on the source's dev split."""
     groups = {
-        heads: study.cells(method="source", seg_heads=heads) for heads in ("ensemble", "each")
+        heads: study.cells(method="source", seg_heads=heads, **at_start(study))
+        for heads in ("ensemble", "each")
     }
     run_groups(study, groups, checkpoints=True)
     scores = {heads: [source_score(flags) for flags in cells] for heads, cells in groups.items()}
@@ -170,7 +177,7 @@ def source_score(flags: Flags) -> float:
 
 def slope_of_mean_1(study: Study, fixed: Flags) -> tuple[float, float]:
     """(lambda_local, mean M): with it, CLAN's mean weight is 1 when adaptation starts."""
-    cells = study.cells(method="clan", **fixed)
+    cells = study.cells(method="clan", **fixed, **at_start(study))
     run_groups(study, {"clan": cells}, checkpoints=True)
     m = float(np.mean([predicted(flags, flags["out"] / BEFORE)["m"] for flags in cells]))
     _, hyper = configure(study.flags)
