@@ -311,9 +311,10 @@ def instrument(study: Study) -> None:
         _, val, _ = open_target(flags)
         cells = "x".join(map(str, cells_of(strides, val.size)))
         field = receptive_field(strides) / val.size[0]
-        for when, path in (("start", BEFORE), ("end", newest_checkpoint(flags["out"]))):
-            G = load(flags["out"] / path, torch.device("cpu"))
-            D = load_d(flags["out"] / path, hyper, G.num_classes)
+        paths = {"start": flags["out"] / BEFORE, "end": newest_checkpoint(flags["out"])}
+        for when, path in paths.items():
+            G = load(path, torch.device("cpu"))
+            D = load_d(path, hyper, G.num_classes)
             found = gradient_cosines(G, D, val, hyper, min(study.images, 32))
             rows.append([cells, f"{field:.2f}", when, *(f"{v:.3f}" for v in found.values())])
     header = ["cells of D", "receptive field / height", "adaptation", *found]

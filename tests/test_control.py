@@ -139,8 +139,11 @@ def test_control_the_instrument_sees_a_place_only_if_weights_and_d_have_one(scen
 
 
 @pytest.mark.slow
-def test_control_instrument_writes_a_row_for_each_grid_at_start_and_end(scenes, tmp_path):
-    studied("instrument", tmp_path, "--seeds", "0")
-    rows = json.loads((tmp_path / f"instrument-{TASK}.json").read_text())["rows"]
+def test_control_instrument_writes_a_row_for_each_grid_at_start_and_end(
+    scenes, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    studied("instrument", Path("runs"), "--seeds", "0")
+    rows = json.loads((Path("runs") / f"instrument-{TASK}.json").read_text())["rows"]
     assert [row[0] for row in rows] == ["1x2", "1x2", "4x8", "4x8", "8x16", "8x16"]
     assert [row[2] for row in rows] == ["start", "end"] * 3
