@@ -1,6 +1,7 @@
 """The controls: claims and their power, rows, negative transfer, the instrument."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
