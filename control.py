@@ -59,6 +59,7 @@ class Claim(NamedTuple):
 
 
 SCALED = "TAN, lambda_adv times CLAN's mean weight"
+BATCHNORM = "BatchNorm alone"
 PLACED, SHUFFLED, DOUBT = "M, mean 1", "M shuffled, mean 1", "1 - confidence, mean 1"
 EVEN = "Eq. 4, every weight 1"
 PLACE = Claim("(iii) the place of M's weight", PLACED, SHUFFLED)
@@ -90,7 +91,7 @@ def variants(study: Study) -> dict[str, Flags]:
         "Eq. 5, no Eq. 4": {"lambda_weight": 0.0},
         GRADIENT[not hyper.detach_m]: {"detach_m": not hyper.detach_m},
         f"recipe {recipe}": {"recipe": recipe},
-        "BatchNorm alone": BOTH_DOMAINS | {"method": "tan", "lambda_adv": 0.0},
+        BATCHNORM: BOTH_DOMAINS | {"method": "tan", "lambda_adv": 0.0},
         "TAN, BatchNorm of both domains": BOTH_DOMAINS | {"method": "tan"},
         "CLAN, BatchNorm of both domains": BOTH_DOMAINS,
     }

@@ -49,6 +49,8 @@ from runs import (
 )
 from settings import configure
 
+TASK = "streets-streets-tiny"
+
 
 def test_study_statistics_by_hand():
     assert spread([1.0, None, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
@@ -364,11 +366,35 @@ def test_study_asked_to_stop_saves_its_runs_and_starts_no_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_study_remedies_show_every_setting(scenes, tmp_path):
-    flags = ("--seeds", "0", "--steps", "2", "--adv-start", "1")
-    studied("remedies", tmp_path, *flags)
-    rows = json.loads((tmp_path / "remedies-streets-streets-tiny.json").read_text())["rows"]
-    assert [row[0] for row in rows] == list(study.REMEDIES) and all(len(row) == 6 for row in rows)
+def test_study_photographs_compare_each_part_with_source_only(scenes, tmp_path):
+    studied("photographs", tmp_path, "--seeds", "0,1", "--steps", "2", "--adv-start", "1")
+    rows = json.loads((tmp_path / f"photographs-{TASK}.json").read_text())["rows"]
+    assert [row[0] for row in rows] == list(study.PHOTOGRAPHS)
+    assert rows[0][3:] == ["+0.0 [+0.0, +0.0]", "0 of 2"] and all(len(row) == 5 for row in rows)
+
+
+def test_study_table_of_streets_has_a_bound_that_is_no_method(monkeypatch, tmp_path):
+    scores = {"source": 0.2, "tan": 0.3, "clan": 0.36, "bound": 0.6}
+    made = {}
+
+    def run_groups(study_, groups):
+        for name, cells in groups.items():
+            bound = cells[0].get("looks") == "city"
+            score = scores["bound" if bound else name]
+            result = {"miou": score, "iou": {"road": score}, "commit": "c", "machine": "m"}
+            result |= {"seconds": 1.0, "checkpoint": "x"}
+            made[name] = [result | {"settings": {"seed": f["seed"]}} for f in cells]
+        return made
+
+    monkeypatch.setattr(study, "run_groups", run_groups)
+    study.table_1_and_2(study.parse(["table", "--to", str(tmp_path)])["table"])
+    content = json.loads((tmp_path / f"table-{TASK}.json").read_text())
+    rows = {row[0]: row[1:] for row in content["rows"]}
+    assert content["header"][-1] == study.BOUND and len(rows["mIoU"]) == 5
+    assert rows["gap closed"] == ["0 %", "25 %", "40 %", "", "100 %"]
+    assert rows["mIoU"][-1] == rows["road"][-1] == "60.0 ± 0.0"
+    photographs = study.parse(["table", "--tgt", "folder", "--backbone", "lite0"])["table"]
+    assert study.bound_groups(photographs) == {}, "only streets have labels for a bound"
 
 
 def test_study_quick_of_everything_leaves_no_part_out(tmp_path):
@@ -420,7 +446,9 @@ def test_study_runs_in_parallel_as_one_after_the_other(tmp_path, monkeypatch):
 
 def test_study_dusk_splits_camvid_by_its_own_names(scenes, tmp_path, monkeypatch):
     shown = {}
-    monkeypatch.setattr(study, "table_1_and_2", lambda s: shown.update(flags=s.flags, task=s.task))
+    monkeypatch.setattr(
+        study, "photographs", lambda s, rows: shown.update(flags=s.flags, task=s.task, rows=rows)
+    )
     camvid = tmp_path / "camvid"
     names = [f"0006R0_{i}" for i in range(3)] + [f"0016E5_{i}" for i in range(2)]
     names += [f"0001TP_{i}" for i in range(5)]
@@ -430,7 +458,7 @@ def test_study_dusk_splits_camvid_by_its_own_names(scenes, tmp_path, monkeypatch
     (camvid / "classes.json").write_text('{"names": ["road"], "ignore": [11]}')
     for _ in range(2):  # a second time finds its links
         studied("dusk", tmp_path / "runs", "--tgt-dir", str(camvid))
-    assert shown["task"] == "day-dusk-lite0"
+    assert shown["task"] == "day-dusk-lite0" and len(shown["rows"]) == 4
     day, dusk = shown["flags"]["src_dir"], shown["flags"]["tgt_dir"]
 
     def stems(folder):
