@@ -108,6 +108,34 @@ def class_centres(
     return total / pixels[:, None]  # 0 / 0 is NaN
 
 
+def mean_distance_within(
+    G: Generator,
+    dataset: data.DataSet,
+    to_source_ids: np.ndarray,
+    count: int,
+    centres: torch.Tensor,
+) -> torch.Tensor:
+    """The mean distance of a pixel's feature from its class's centre, C float64; NaN if unseen."""
+    total = torch.zeros(G.num_classes, dtype=torch.float64)
+    pixels = torch.zeros_like(total)
+    for _, x, ids in labelled_features(G, dataset, to_source_ids, count):
+        total.index_add_(0, ids, (x.double() - centres[ids]).norm(dim=1))
+        pixels += ids.bincount(minlength=G.num_classes)
+    return total / pixels
+
+
+def relative_distance(
+    G: Generator, source: data.DataSet, target: data.DataSet, to_source_ids: np.ndarray, count: int
+) -> torch.Tensor:
+    """The domains' distance over the mean distance within a class, C float64: free of scale."""
+    centres, within = [], []
+    same_ids = np.arange(256, dtype=np.uint8)
+    for dataset, ids in ((source, same_ids), (target, to_source_ids)):
+        centres.append(class_centres(G, dataset, ids, count))
+        within.append(mean_distance_within(G, dataset, ids, count, centres[-1]))
+    return (centres[0] - centres[1]).norm(dim=1) / ((within[0] + within[1]) / 2)
+
+
 def cluster_distance(
     G: Generator, source: data.DataSet, target: data.DataSet, to_source_ids: np.ndarray, count: int
 ) -> torch.Tensor:
@@ -182,11 +210,17 @@ def ccd(study: Study) -> None:
     figure.axes[0].set_ylabel("cluster distance / before training")
     save_figure(study, figure, f"ccd-classes-{study.task}", distinct)
 
+    for method, steps in over_training(cells).items():
+        G = load(steps[max(steps)], device)
+        relative = relative_distance(G, source, val, to_source_ids, study.images)
+        columns[f"{METHODS[method].label}, free of scale"] = relative[seen].tolist()
     rows = [[name, *(f"{c[i]:.2f}" for c in columns.values())] for i, name in enumerate(names)]
     rows.append(["mean", *(f"{np.mean(c):.2f}" for c in columns.values())])
     note = (
         f"Euclidean distance between the domains' mean features, up to {study.images} images of "
-        "each, divided by that before training; last checkpoint, first seed. * infrequent."
+        "each, divided by that before training; last checkpoint, first seed. Free of scale: "
+        "divided by the mean distance of a feature from its class's mean instead, which a network "
+        "cannot make smaller by shrinking all features. * infrequent."
     )
     write(study, f"ccd-{study.task}", ["class", *columns], rows, note, results)
 
@@ -206,21 +240,32 @@ def bars(ax: Any, names: list[str], groups: dict[str, list[float]]) -> None:
 
 # Figure 4 (right): the parameters of the adaptive weight.
 
-EPS, SLOPES = (0.1, 0.2, 0.4, 0.8), (10.0, 20.0, 40.0, 80.0)
+EPS, SLOPES = (0.1, 0.2, 0.4, 0.8), (10.0, 20.0, 40.0, 80.0)  # the paper's
+
+
+def values_of_params(study: Study) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(values of eps, values of lambda_local). On streets they span a wider range of weights."""
+    settings, hyper = configure(study.flags)
+    if settings.tgt != "streets":
+        return EPS, SLOPES
+    slopes = tuple(factor * hyper.lambda_local for factor in (0.25, 1.0, 4.0, 16.0))
+    return tuple(factor * hyper.eps for factor in (0.25, 1.0, 4.0)), slopes
 
 
 def params(study: Study) -> None:
     """Figure 4 (right): target mIoU (bars) and D's loss (line) over eps and lambda_local."""
+    _, hyper = configure(study.flags)
+    many_eps, slopes = values_of_params(study)
     groups: dict = {"TAN": study.cells(method="tan")}
-    groups |= {("eps", v): study.cells(eps=v, lambda_local=40.0) for v in EPS}
-    groups |= {("lambda_local", v): study.cells(eps=0.4, lambda_local=v) for v in SLOPES}
+    groups |= {("eps", v): study.cells(eps=v) for v in many_eps}
+    groups |= {("lambda_local", v): study.cells(lambda_local=v) for v in slopes}
     results = run_groups(study, groups)
     losses = {name: spread(r["d_loss"] for r in group)[0] for name, group in results.items()}
     baseline = 100 * spread(map(miou, results["TAN"]))[0]
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for ax, (label, values) in zip(
-        figure.subplots(1, 2), (("eps", EPS), ("lambda_local", SLOPES)), strict=True
+        figure.subplots(1, 2), (("eps", many_eps), ("lambda_local", slopes)), strict=True
     ):
         names = [f"{v:g}" for v in values]
         scores = [spread(map(miou, results[label, v])) for v in values]
@@ -241,15 +286,17 @@ def params(study: Study) -> None:
             name if name == "TAN" else f"{name[0]} {name[1]:g}",
             mean_and_deviation(map(miou, group)),
             difference(group, results["TAN"]),
+            "" if name == "TAN" else f"{spread(r.get('mean_weight') for r in group)[0]:.2f}",
             f"{losses[name]:.2f}",
         ]
         for name, group in results.items()
     ]
     note = (
-        "eps at lambda_local = 40, and lambda_local at eps = 0.4. Target mIoU in %, last "
-        f"checkpoint; D's loss over the last fifth of the adversarial steps. {INTERVALS}"
+        f"eps at lambda_local = {hyper.lambda_local:g}, and lambda_local at eps = {hyper.eps:g}. "
+        "Target mIoU in %, last checkpoint; the mean weight; D's loss over the last fifth of the "
+        f"adversarial steps. {INTERVALS}"
     )
-    header = ["parameter", "mIoU", "minus TAN", "D's loss"]
+    header = ["parameter", "mIoU", "minus TAN", "mean weight", "D's loss"]
     write(study, f"params-{study.task}", header, rows, note, results)
 
 

@@ -203,16 +203,20 @@ def agreement(
     return numbers, by_class
 
 
+HEADS = {"each": "a loss for each head", "ensemble": "one loss, of the ensemble"}  # by seg_heads
+
+
 def head_settings(study: Study) -> dict[str, Flags]:
     """What may make the two heads disagree: the rows of `disagreement`."""
     _, hyper = configure(study.flags)
+    others = "ensemble" if hyper.seg_heads == "each" else "each"
     settings: dict[str, Flags] = {
         "as it is": {},
         GRADIENT[not hyper.detach_m]: {"detach_m": not hyper.detach_m},
         "lambda_weight 0": {"lambda_weight": 0.0},
         "lambda_weight 0.1": {"lambda_weight": 0.1},
         "heads from N(0, 0.06)": {"head_std": 0.06},
-        "a loss for each head": {"seg_heads": "each"},
+        HEADS[others]: {"seg_heads": others},
         "half the steps": {"steps": hyper.steps // 2, "adv_start": hyper.adv_start // 2},
     }
     if on_streets(study):

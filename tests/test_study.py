@@ -163,6 +163,22 @@ def test_study_cluster_distance_is_the_distance_of_the_mean_features(tmp_path):
     assert distance[:2].tolist() == [5.0, 0.0] and math.isnan(distance[2])
 
 
+def test_study_relative_distance_is_in_units_of_the_spread_within_a_class(tmp_path):
+    """Centres 30 apart. Features lie 5 from the source's centre and 1 from the target's."""
+    table = np.full(256, 255, np.uint8)
+    table[0] = 0
+    sides = []
+    for name, first, second in (("s", (0, 0, 0), (6, 8, 0)), ("t", (32, 4, 0), (34, 4, 0))):
+        sides.append(painted(tmp_path / name, {0: first}))
+        other = painted(tmp_path / "other", {0: second})
+        shutil.copy(other.items[0][0], sides[-1].items[1][0])
+    for scale in (1, 7):  # larger features change nothing
+        G = Colours()
+        G.features = lambda images, k=scale: k * F.avg_pool2d(images.float(), 2)
+        distance = figures.relative_distance(G, *sides, table, 2)
+        assert distance[0].item() == pytest.approx(30 / 3) and math.isnan(distance[1])
+
+
 def test_study_features_take_the_label_nearest_to_the_cell(tmp_path):
     val = painted(tmp_path, {0: (10, 0, 0), 1: (20, 0, 0), 2: (30, 0, 0)})
     (i, x, ids), _ = figures.labelled_features(Colours(), val, np.arange(256, dtype=np.uint8), 2)
