@@ -49,7 +49,6 @@ class Study:
     """What the user asks for: which runs, and the folders of runs and results."""
 
     flags: Flags  # flags of train.py for all runs
-    tan: Flags  # flags of TAN alone, if TAN and CLAN are tuned separately
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     runs: Path
@@ -76,22 +75,21 @@ class Study:
         Flags that the method does not read are dropped. On the first seed the runs that change
         nothing keep their checkpoints, for curves over training.
         """
-        if change.get("method") == "tan":
-            change = self.tan | change
         # No loss of source only reads D's shape. But D's weights are in the checkpoint that it
         # shares with TAN.
-        unused = unused_fields(change.get("method", clan.Hyper.method)) - D_SHAPE
+        method = change.get("method", clan.Hyper.method)
+        unused = unused_fields(method) - D_SHAPE
         flags = {k: v for k, v in (self.flags | change).items() if k not in unused}
-        usual, fields = all_fields(self.flags), all_fields(flags)
+        usual, fields = all_fields(self.flags | {"method": method}), all_fields(flags)
         changed = [k for k in sorted(change) if k in flags and k != "method"]
         changed = [k for k in changed if fields[k] != usual.get(k)]
         parts = (f"{k}{fields[k]}".replace(" ", "") for k in changed)
-        name = "-".join([fields["method"], *parts])
+        name = "-".join([method, *parts])
         adaptation = fields["steps"] - fields["adv_start"]
         flags.setdefault("log_every", max(1, min(50, adaptation // 50)))  # enough for means of M
         if configure(self.flags)[0].tgt == "streets":  # scores by step, from quick scoring
             flags.setdefault("eval_every", max(1, adaptation // 15))
-        if seed == self.seeds[0] and set(changed) <= self.tan.keys():
+        if seed == self.seeds[0] and not changed:
             flags |= {"save_every": max(1, fields["steps"] // 16), "keep": 100}
         return flags | {"seed": seed, "out": self.runs / self.task / f"{name}-seed{seed}"}
 

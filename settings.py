@@ -118,8 +118,14 @@ OF_BACKBONE: dict[str, Flags] = {
 }
 
 
-def defaults(settings: Settings) -> Flags:
-    """What the data set and the backbone change in the recipe."""
+# What was chosen for each method by itself (tuning.py). Source only has the steps of CLAN.
+TUNED: dict[tuple[str, str], Flags] = {
+    ("tiny", "tan"): {"lambda_adv": 0.05},
+}
+
+
+def defaults(settings: Settings, method: str) -> Flags:
+    """What the data set, the backbone and the method change in the recipe."""
     size = settings.tgt_size or DATASETS[settings.tgt].size
     change: Flags = {"d_strides": strides_for(min(size) if size else FOLDER_SHORT_SIDE)}
     change |= OF_BACKBONE.get(settings.backbone, {})
@@ -127,6 +133,7 @@ def defaults(settings: Settings) -> Flags:
         change |= {"lambda_local": 10.0}
     if settings.backbone == "tiny" and settings.recipe == "paper":
         change |= {"detach_m": True}  # else M falls to near 0, and the weight to eps: RESULTS.md
+    change |= TUNED.get((settings.backbone, method), {})
     return change
 
 
@@ -146,7 +153,8 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
     of_settings.setdefault("lineage", lineage)
     settings = Settings(**of_settings)
 
-    numbers = asdict(clan.RECIPES[settings.recipe]) | defaults(settings)
+    method = flags.get("method", clan.Hyper.method)
+    numbers = asdict(clan.RECIPES[settings.recipe]) | defaults(settings, method)
     numbers |= {k: v for k, v in flags.items() if k not in names}
     check_choice("method", numbers["method"], METHODS)
     if settings.out is None:

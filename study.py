@@ -363,18 +363,18 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "table": Command(table_1_and_2, {"methods", "tan_lambda_adv"}),
-    "ccd": Command(ccd, {"methods", "tan_lambda_adv", "images", "curve_class"}),
-    "params": Command(params, {"tan_lambda_adv"}, (0, 1, 2)),
-    "tsne": Command(tsne, {"methods", "tan_lambda_adv", "images"}),
-    "figure5": Command(figure5, {"methods", "tan_lambda_adv"}),
+    "table": Command(table_1_and_2, {"methods"}),
+    "ccd": Command(ccd, {"methods", "images", "curve_class"}),
+    "params": Command(params, set(), (0, 1, 2)),
+    "tsne": Command(tsne, {"methods", "images"}),
+    "figure5": Command(figure5, {"methods"}),
     "weightmap": Command(weightmap, set()),
     "disagreement": Command(disagreement, {"images"}, (0, 1)),
-    "control": Command(control, {"tan_lambda_adv"}, SEEDS),
+    "control": Command(control, set(), SEEDS),
     "instrument": Command(instrument, {"images"}, TUNING_SEEDS),
     "sweep": Command(sweep, set(), TUNING_SEEDS),
-    "photographs": Command(photographs, {"tan_lambda_adv"}, (0, 1, 2)),
-    "dusk": Command(dusk, {"tan_lambda_adv"}, (0, 1, 2)),
+    "photographs": Command(photographs, set(), (0, 1, 2)),
+    "dusk": Command(dusk, set(), (0, 1, 2)),
 }
 NOT_IN_ALL = ("instrument", "sweep", "photographs", "dusk")  # for tuning, or of photographs
 QUICK = {"steps": 240, "adv_start": 165}  # flags of --quick
@@ -422,7 +422,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--methods", type=methods_of, help=f"to compare [{','.join(METHODS)}]")
     top.add_argument("--images", type=count_of, help="of each domain to measure features on [1000]")
     top.add_argument("--class", dest="curve_class", help="whose curve ccd draws [wall]")
-    top.add_argument("--tan-lambda-adv", type=float, help="lambda_adv of TAN [as CLAN's]")
     add_run_flags(top, without=SET_HERE)
     return top
 
@@ -450,11 +449,10 @@ def parse(argv: list[str]) -> dict[str, Study]:
     usual = runs == Path("runs") / "study" and "runs" not in of_study
     runs = of_study.pop("runs", runs)
     results = Path("results") if usual else runs / "results"  # trials of one's own go elsewhere
-    tan = {"lambda_adv": of_study.pop("tan_lambda_adv")} if "tan_lambda_adv" in of_study else {}
     defaults: Flags = {"methods": tuple(METHODS), "jobs": 1, "curve_class": "wall"}
     defaults |= {"seeds": (), "to": runs, "images": images, "results": results}
     command = shlex.join(["python", "study.py", *argv])
-    study = Study(flags=flags, tan=tan, runs=runs, command=command, **defaults | of_study)
+    study = Study(flags=flags, runs=runs, command=command, **defaults | of_study)
     return {name: study if study.seeds else replace(study, seeds=seeds[name]) for name in asked}
 
 

@@ -31,6 +31,7 @@ from torch import nn
 
 import data
 import figures
+import settings
 import study
 import train
 import tuning
@@ -319,11 +320,17 @@ def test_study_mean_weight_counts_eq_2_as_1(tmp_path):
     assert mean_weight(given) == pytest.approx((5 * 1 + 5 * 4.4) / 10)
 
 
-def test_study_tan_may_have_a_lambda_adv_of_its_own(scenes, tmp_path):
-    studied("table", tmp_path, "--seeds", "0", "--methods", "tan", "--tan-lambda-adv", "0.5")
-    (folder,) = (tmp_path / "streets-streets-tiny").iterdir()
-    assert folder.name == "tan-lambda_adv0.5-seed0"
-    assert json.loads((folder / "eval.json").read_text())["settings"]["lambda_adv"] == 0.5
+def test_study_names_what_differs_from_the_defaults_of_the_method(monkeypatch):
+    """A method's own tuned numbers change no name; the numbers of another method do."""
+    monkeypatch.setitem(settings.TUNED, ("tiny", "tan"), {"lambda_adv": 0.5})
+    s = study.parse(["table"])["table"]
+    rate = configure({})[1].lambda_adv
+    assert s.cell(0, method="tan")["out"].name == "tan-seed0"
+    assert s.cell(0, method="tan", lambda_adv=0.5)["out"].name == "tan-seed0"
+    assert s.cell(0, method="tan", lambda_adv=rate)["out"].name == f"tan-lambda_adv{rate}-seed0"
+    assert configure(s.cell(0, method="tan"))[1].lambda_adv == 0.5
+    assert configure(s.cell(0))[1].lambda_adv == rate
+    assert "keep" in s.cell(0, method="tan") and "keep" not in s.cell(0, eps=0.1)
 
 
 def test_study_a_result_forged_by_an_evaluation_is_not_taken_for_a_finished_run(scenes, tmp_path):
@@ -520,7 +527,8 @@ def test_study_a_recorded_run_with_other_settings_does_not_count(scenes, tmp_pat
     studied("table", tmp_path / "first", *flags)
     studied("table", tmp_path / "second", *flags, "--lambda-adv", "0.5")
     lines = (tmp_path / "results" / "streets-streets-tiny.jsonl").read_text().splitlines()
-    assert [json.loads(x)["settings"]["lambda_adv"] for x in lines] == [0.005, 0.5]
+    tuned = configure({"method": "tan"})[1].lambda_adv
+    assert [json.loads(x)["settings"]["lambda_adv"] for x in lines] == [tuned, 0.5]
     studied("table", tmp_path / "third", *flags, "--eps", "0.1")  # TAN reads no eps
     assert not (tmp_path / "third" / "streets-streets-tiny").exists()
 
