@@ -268,10 +268,6 @@ def aligned_classes(study: Study) -> tuple[list[str], list[dict]]:
     return best[: len(names) // 3], results
 
 
-def mean_iou(iou: dict[str, float | None], names: list[str]) -> float:
-    return spread(iou[name] for name in names)[0]
-
-
 def negative_transfer(study: Study, results: dict[str, list[dict]]) -> None:
     """IoU of the aligned classes while the methods adapt: at the start, the lowest, at the end."""
     aligned, chosen_by = aligned_classes(study)
@@ -282,15 +278,16 @@ def negative_transfer(study: Study, results: dict[str, list[dict]]) -> None:
         for r in group:
             if "curve" not in r:
                 raise ValueError(f"{r['checkpoint']} has no scores by step: use another --runs")
-            curves.append([mean_iou(iou, aligned) for _, iou in r["curve"]])
-        steps, values = [step for step, _ in group[0]["curve"]], np.array(curves)
+            places = [list(r["iou"]).index(name) for name in aligned]
+            curves.append([spread(point["iou"][i] for i in places)[0] for point in r["curve"]])
+        steps, values = [point["step"] for point in group[0]["curve"]], np.array(curves)
         ax.plot(steps, 100 * values.mean(axis=0), label=name)
         moments = (values[:, 0], values.min(axis=1), values[:, -1])
         rows.append([name, *map(mean_and_deviation, moments)])
     ax.set(xlabel="step", ylabel="IoU of the aligned classes, %")
     ax.legend(fontsize=8)
     save_figure(study, figure, f"transfer-{study.task}", [r for g in results.values() for r in g])
-    step = results["CLAN"][0]["curve"][0][0]
+    step = results["CLAN"][0]["curve"][0]["step"]
     header = ["method", f"at step {step}", "lowest", "at the end"]
     note = (
         f"Mean IoU in % of the classes that source only knows best on dev: {', '.join(aligned)}. "

@@ -130,6 +130,26 @@ def spread_images(dataset: data.DataSet, count: int) -> Iterator[tuple]:
     yield from data.checked(pairs[int(i)] for i in picks)
 
 
+def unlabelled(
+    G: Generator, dataset: data.DataSet, classes: Sequence[str], most: int = 100
+) -> dict:
+    """What can be said without a label, over at most `most` images evenly spread over a split.
+
+    {"confidence", "m", "shares"}: the mean of the ensemble's largest probability, the mean of M,
+    and the share of the pixels that is predicted as each of G's classes. Leaves G in evaluation
+    mode.
+    """
+    confidence, m, counts = [], [], np.zeros(G.num_classes)
+    for _, image, _ in spread_images(dataset, most):
+        p, m_of_image = ensemble_and_m(G, image, image.shape[-2:])
+        best, ids = p.max(dim=0)
+        confidence.append(best.mean().item())
+        m.append(m_of_image.mean().item())
+        counts += np.bincount(ids.flatten().numpy(), minlength=G.num_classes)
+    shares = dict(zip(classes, (counts / counts.sum()).tolist(), strict=True))
+    return {"confidence": float(np.mean(confidence)), "m": float(np.mean(m)), "shares": shares}
+
+
 def evaluate(
     G,
     dataset: data.DataSet,

@@ -35,13 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 import clan
-import eval as evaluation
 import train
 from checkpoints import BEFORE, owned, read_checkpoint, read_metadata, save, saved
 from devices import find_device, machine
 from methods import ADVERSARIAL, CLAN_ONLY, D_SHAPE, METHODS, unused_fields
 from settings import FREE, Flags, Settings, configure, flag_of, refuse_other_version
-from weights import load_generator
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ RESULT = "study.json"  # of a finished run: its scores, time and machine
 # What is recorded of a result besides where it was made.
 KEPT: tuple[str, ...] = ("miou", "miou_13", "miou_before", "iou", "images", "left_out")
 KEPT += ("seconds", "threads", "mean_weight", "d_loss", "d_source", "d_target")
-KEPT += ("confidence", "m", "shares", "curve")
+KEPT += (*train.UNLABELLED, "before", "curve")
 
 
 def same_run(fields: dict) -> dict:
@@ -237,7 +235,7 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
     result["seconds"] = time.monotonic() - since
     result["machine"] = machine(find_device(settings.device)) + " a run"
     result["threads"] = torch.get_num_threads()
-    result |= logged(flags) | predicted(flags, Path(result["checkpoint"]))
+    result |= logged(flags)
     result["commit"] = read_metadata(Path(result["checkpoint"]))["commit"]
     temporary = out / f"{RESULT}.tmp"
     temporary.write_text(json.dumps(result))
@@ -249,7 +247,8 @@ def logged(flags: Flags) -> dict:
     """What a finished run's log says of the steps from adv_start on.
 
     The mean weight of Eq. 5, D's last answers, D's mean loss over the last fifth of them, and the
-    curve: [step, IoU by class] of each score on the target.
+    curve, a row for each score on the target: `miou`, `iou` and `shares` in the order of those of
+    the result, `confidence`, `m`, and D's last answers until then.
     """
     _, hyper = configure(flags)
     logged_lines = metrics(flags["out"])
@@ -261,26 +260,22 @@ def logged(flags: Flags) -> dict:
         found |= {k: lines[-1][k] for k in ("d_source", "d_target")}
         found["d_loss"] = float(np.mean([x["d"] for x in lines[-max(1, len(lines) // 5) :]]))
     if scores:
-        found["curve"] = [[x["step"], x["target_iou"]] for x in scores]
+        found["curve"] = [point_of_curve(x, lines) for x in scores]
     return found
 
 
-def predicted(flags: Flags, checkpoint: Path, most: int = 100) -> dict:
-    """What a finished run predicts over at most `most` images of its score; no label is read.
-
-    The mean confidence, the mean M, and the share of the pixels by class.
-    """
-    source, _, scored = train.open_all(configure(flags)[0])
-    G, _ = load_generator(checkpoint, say=lambda _: None)
-    confidence, m, counts = [], [], np.zeros(G.num_classes)
-    for _, image, _ in evaluation.spread_images(scored, most):
-        p, m_of_image = evaluation.ensemble_and_m(G, image, image.shape[-2:])
-        best, classes = p.max(dim=0)
-        confidence.append(best.mean().item())
-        m.append(m_of_image.mean().item())
-        counts += np.bincount(classes.flatten().numpy(), minlength=G.num_classes)
-    shares = dict(zip(source.classes, (counts / counts.sum()).tolist(), strict=True))
-    return {"confidence": float(np.mean(confidence)), "m": float(np.mean(m)), "shares": shares}
+def point_of_curve(score: dict, lines: list[dict]) -> dict:
+    """A row of a curve, rounded to four digits: `results/` is kept in git."""
+    answers = [line for line in lines if line["step"] <= score["step"]][-1:]
+    point: dict[str, Any] = {"step": score["step"]}
+    for key in ("miou", "confidence", "m"):
+        point[key] = round(score[f"target_{key}"], 4)
+    for key in ("iou", "shares"):
+        values = score[f"target_{key}"].values()
+        point[key] = [None if x is None else round(x, 4) for x in values]
+    for line in answers:
+        point |= {key: round(line[key], 4) for key in ("d_source", "d_target")}
+    return point
 
 
 def mean_weight(flags: Flags) -> float | None:

@@ -140,9 +140,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     log = open_log(settings, hyper, start, rank, console)
     batches = read_ahead(source, target, hyper, start, settings.seed, workers, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-    score = partial(
-        evaluation.score, source=source, target=val, device=device, amp=amp, workers=workers
-    )
+    score = partial(scored, source=source, val=val, device=device, amp=amp, workers=workers)
     origin = {"classes": source.classes, "tgt_size": target.size, "world": world}
     origin["compiled"] = compiled.known
     keep = partial(checkpoint, settings, hyper, origin, parts, log)
@@ -378,7 +376,8 @@ def after_step(
     due = settings.eval_every and done % settings.eval_every == 0
     if adapts_next or (due and hyper.adv_start < done < hyper.steps):
         result = score()
-        log.record({"step": done, "target_miou": result["miou"], "target_iou": result["iou"]})
+        found = {f"target_{key}": result[key] for key in ("miou", "iou", *UNLABELLED)}
+        log.record({"step": done} | found)
         log.bar.console.print(f"step {done}: target mIoU {100 * result['miou']:.1f}")
     if adapts_next:  # after the score, which a run resumed from here must have
         keep(done, BEFORE)
@@ -386,6 +385,22 @@ def after_step(
         keep(done, name_of(done))
     if stopping and done < hyper.steps:
         raise Stopped(f"stopped after step {done}; go on with --resume {settings.out}")
+
+
+UNLABELLED = ("confidence", "m", "shares")  # what evaluation.unlabelled returns
+
+
+def scored(
+    G: Generator,
+    source: data.DataSet,
+    val: data.DataSet,
+    device: torch.device,
+    amp: bool,
+    workers: int,
+) -> dict:
+    """IoU on the target's split, and what its images say without labels."""
+    result = evaluation.score(G, source, val, device=device, amp=amp, workers=workers)
+    return result | evaluation.unlabelled(G, val, source.classes)
 
 
 def checkpoint(
@@ -435,6 +450,7 @@ def finish(
     }
     if "before" in columns:
         result["miou_before"] = columns["before"]["miou"]
+        result["before"] = {key: columns["before"][key] for key in UNLABELLED}
     (out / "eval.json").write_text(json.dumps(result, indent=1))
     to_source_ids, _, _ = data.shared_classes(source, val)
     figure = evaluation.draw(val, to_source_ids, networks, device, source.classes)

@@ -12,10 +12,10 @@ import numpy as np
 
 import data
 import eval as evaluation
-from checkpoints import BEFORE, newest_checkpoint
+from checkpoints import newest_checkpoint
 from devices import find_device
 from methods import METHODS
-from runs import Study, mean_and_deviation, miou, predicted, run_groups, spread, write
+from runs import Study, mean_and_deviation, miou, run_groups, spread, write
 from settings import Flags, configure
 from weights import load_generator
 
@@ -178,7 +178,7 @@ def source_score(flags: Flags) -> float:
 def slope_of_mean_1(study: Study, fixed: Flags) -> tuple[float, float]:
     """(lambda_local, mean M): with it, CLAN's mean weight is 1 when adaptation starts."""
     cells = study.cells(method="clan", **fixed, **at_start(study))
-    run_groups(study, {"clan": cells}, checkpoints=True)
-    m = float(np.mean([predicted(flags, flags["out"] / BEFORE)["m"] for flags in cells]))
+    results = run_groups(study, {"clan": cells})["clan"]
+    m = float(np.mean([result["before"]["m"] for result in results]))
     _, hyper = configure(study.flags)
     return rounded((1 - hyper.eps) / m), m

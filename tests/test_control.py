@@ -31,7 +31,7 @@ def made_up(monkeypatch, score_of, deviation: float) -> list[dict]:
         found = {"miou": score_of(hyper) + deviation * noise, "iou": iou, "mean_weight": 0.5}
         found |= {"settings": {"seed": flags["seed"]}, "checkpoint": str(flags["out"])}
         found |= {"commit": "c", "machine": "m", "seconds": 1.0}
-        return found | {"curve": [[step, iou] for step in (50, 100)]}
+        return found | {"curve": [{"step": step, "iou": [*iou.values()]} for step in (50, 100)]}
 
     def run_cells(study_, cells, checkpoints=False):
         return [result(flags) for flags in cells]
@@ -116,7 +116,9 @@ def test_control_runs_every_row_and_scales_tan_by_clans_own_mean_weight(scenes, 
         assert rows[name][7] == "1.00"
     assert len({p.name for p in runs.iterdir()}) == len(rows) + 1  # and source only on dev
     curve = json.loads((runs / "clan-seed0" / "study.json").read_text())["curve"]
-    assert [step for step, _ in curve] == [3]  # of adaptation from step 2 to 4
+    assert [point["step"] for point in curve] == [3]  # of adaptation from step 2 to 4
+    assert len(curve[0]["iou"]) == 19 and sum(curve[0]["shares"]) == pytest.approx(1, abs=1e-3)
+    assert curve[0].keys() >= {"miou", "confidence", "m", "d_source", "d_target"}
 
 
 def test_control_the_instrument_sees_a_place_only_if_weights_and_d_have_one(scenes):

@@ -362,3 +362,28 @@ def test_eval_shards_add_up_to_the_whole_matrix(few, finished, monkeypatch):
         monkeypatch.setattr(evaluation, "ranks", lambda rank=rank: (rank, 3))
         evaluation.evaluate(G, target, table, save=lambda i, _: seen.append(i))
     assert sorted(seen) == list(range(len(target))) and torch.equal(sum(shards), whole)
+
+
+def test_eval_unlabelled_says_of_a_split_what_needs_no_label():
+    """By hand: M of two one-hot heads that disagree is 1, and shares are of the ensemble."""
+
+    class Two(torch.nn.Module):
+        """Both heads see road. On the right half head 2 is sure of sky, and the ensemble too."""
+
+        num_classes = 2
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, images):
+            logits_1 = torch.tensor([50.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 4, 8).clone()
+            logits_2 = logits_1.clone()
+            logits_2[:, :, :, 4:] = torch.tensor([0.0, 90.0]).view(1, 2, 1, 1)
+            return logits_1, logits_2
+
+    val = data.open_dataset("streets", "target", "val", size=(32, 64))
+    found = evaluation.unlabelled(Two(), val, ("road", "sky"), most=2)
+    assert found["confidence"] == pytest.approx(1, abs=0.02)
+    assert found["m"] == pytest.approx(0.5, abs=0.05) and list(found["shares"]) == ["road", "sky"]
+    assert found["shares"]["sky"] == pytest.approx(0.5, abs=0.05)
