@@ -351,8 +351,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
 
     size = args.tgt_size or (metadata.get("tgt_size") if tgt == settings.get("tgt") else None)
     tgt_dir = folder_of(tgt, args.tgt_dir, "tgt_dir")
-    shift = settings.get("shift", (0.5, 0.5))
-    target = data.open_dataset(tgt, "target", args.split, tgt_dir, size, shift=shift)
+    drawn = {key: settings[key] for key in ("shift", "scenes") if key in settings}
+    target = data.open_dataset(tgt, "target", args.split, tgt_dir, size, **drawn)
     source = source_classes(src, metadata, folder_of(src, args.src_dir, "src_dir"))
     G, _ = load_generator(
         path,

@@ -18,6 +18,7 @@ from helpers import (
     make_synthia,
     need,
     official_scores,
+    run,
     seeded,
     some_labels,
     striped,
@@ -387,3 +388,10 @@ def test_eval_unlabelled_says_of_a_split_what_needs_no_label():
     assert found["confidence"] == pytest.approx(1, abs=0.02)
     assert found["m"] == pytest.approx(0.5, abs=0.05) and list(found["shares"]) == ["road", "sky"]
     assert found["shares"]["sky"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_eval_scores_the_streets_that_the_run_was_scored_on(few, tmp_path):
+    out = run(tmp_path / "run", "--scenes", "3", "--shift", "0.1", "0.9")
+    score = json.loads((out / "eval.json").read_text())["iou"]
+    evaluation.main([str(out), "--device", "cpu"])
+    assert json.loads((out / "eval.json").read_text())["iou"] == score
