@@ -39,6 +39,7 @@ class Trials:
 
     study: Study
     fixed: Flags  # what has been chosen before, for all methods
+    cells: dict[tuple, list[Flags]] = field(default_factory=dict)
     found: dict[tuple, list[dict]] = field(default_factory=dict)
 
     def flags(self, method: str, values: Values) -> Flags:
@@ -56,8 +57,8 @@ class Trials:
         total = (len(self.found) + len(new)) * len(self.study.seeds)
         if total > MOST_RUNS:
             raise ValueError(f"the sweep would take {total} runs, more than {MOST_RUNS}: stop it")
-        groups = {key: self.study.cells(**self.flags(*trial)) for key, trial in new.items()}
-        self.found |= run_groups(self.study, groups)
+        self.cells |= {k: self.study.cells(**self.flags(*trial)) for k, trial in new.items()}
+        self.found = run_groups(self.study, self.cells)  # all: warm-ups of earlier ones are shared
 
     def score(self, method: str, values: Values) -> float:
         return spread(map(miou, self.found[key_of(method, values)]))[0]
