@@ -37,8 +37,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg")  # photographs of a folder
 
 
 Size = tuple[int, int]  # H W
-# Label files: all must exist | a missing one is an error when it is read | none is opened
-Labels = Literal["required", "unchecked", "none"]
+# Label files: all must exist | all or none | a missing one is an error when read | none is opened
+Labels = Literal["required", "optional", "unchecked", "none"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class DataSet:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether its items have labels: all of them, or none."""
+        return self.name == "streets" or self.items[0][1] is not None
 
 
 # Reading files.
@@ -161,9 +166,9 @@ def open_dataset(
     name: a row of DATASETS. role: "source" or "target" (streets draws its game as the source and
     its city as the target). split: train, val or, for Cityscapes, test. folder: the data set's own
     folder. size: H W to resize to instead of the data set's own. labels: "none" for a target in
-    training. shift: how much the city of streets differs from its game, in look and in layout, each
-    in [0, 1]. mixed: as a source, streets draws each scene with a look between game and city.
-    scenes: which streets; each number draws all of them anew.
+    training, "optional" for its split to score on. shift: how much the city of streets differs from
+    its game, in look and in layout, each in [0, 1]. mixed: as a source, streets draws each scene
+    with a look between game and city. scenes: which streets; each number draws all of them anew.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
@@ -192,13 +197,19 @@ def pair(
     where: Path,
     layout: str,
 ) -> tuple:
-    """Sorted (image, label) paths. Raises ValueError if there is no image or a label is missing."""
+    """Sorted (image, label) paths; the label is None if none is to be opened, or none exists.
+
+    Raises ValueError if there is no image or a label is missing.
+    """
     images = sorted(images)
     if not images:
         raise ValueError(f"no image in {where}: {layout}")
-    pairs = tuple((image, None if labels == "none" else label_of(image)) for image in images)
-    required = [label for _, label in pairs if label and labels == "required"]
-    missing = [label for label in required if not label.is_file()]
+    if labels == "none":
+        return tuple((image, None) for image in images)
+    pairs = tuple((image, label_of(image)) for image in images)
+    missing = [label for _, label in pairs if not label.is_file()] if labels != "unchecked" else []
+    if labels == "optional" and len(missing) == len(pairs):
+        return tuple((image, None) for image in images)
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(pairs)} images in {where} have no label, the first "
@@ -261,15 +272,26 @@ def open_streets(
 FOLDER_SHORT_SIDE = 144  # a laptop trains this in minutes; --tgt-size or --src-size changes it
 
 
-def open_folder(folder: Path, split: str, size: Size | None, labels: Labels) -> DataSet:
-    names, _ = read_classes(folder / "classes.json")
+def folder_of_images(folder: Path, split: str, labels: Labels) -> Path:
+    """images/SPLIT, or for photographs alone images/ or the folder itself."""
     where = folder / "images" / split
+    parts = [folder / "images" / name for name in ("train", "val", "test")]
+    parts += [folder / "labels", folder / "classes.json"]
+    if labels != "none" or any(part.exists() for part in parts):
+        return where
+    return folder / "images" if (folder / "images").is_dir() else folder
+
+
+def open_folder(folder: Path, split: str, size: Size | None, labels: Labels) -> DataSet:
+    where = folder_of_images(folder, split, labels)
     images = [p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()]
 
     def label_of(image: Path) -> Path:
         return (folder / "labels" / split / image.relative_to(where)).with_suffix(".png")
 
     pairs = pair(images, label_of, labels, where, DATASETS["folder"].layout)
+    labelled = pairs[0][1] is not None
+    names = read_classes(folder / "classes.json")[0] if labelled else ()
     if size is None:  # keep the aspect ratio of the first image
         width, height = read_header(pairs[0][0]).size
         scale = FOLDER_SHORT_SIDE / min(height, width)
@@ -285,6 +307,7 @@ class Kind(NamedTuple):
     folder: str | None  # its place under --data
     splits: tuple[str, ...]  # (): any name of a folder in images/
     size: Size | None  # its images are resized to this; None: it follows from the first image
+    images: str = ""  # the folder of its splits, if each has its own
     # Train id by id on disk. None: classes.json has the ids, or the labels are drawn.
     to_train_ids: np.ndarray | None = None
     read_ids: Callable[[Path], np.ndarray] = read_indices
@@ -298,7 +321,7 @@ DATASETS = {
         "GTA5",
         ("train",),
         (720, 1280),
-        TO_TRAIN_IDS["gta5"],
+        to_train_ids=TO_TRAIN_IDS["gta5"],
         tolerance=0.02,
     ),
     "synthia": Kind(
@@ -308,8 +331,8 @@ DATASETS = {
         "SYNTHIA/RAND_CITYSCAPES",
         ("train",),
         (760, 1280),
-        TO_TRAIN_IDS["synthia"],
-        read_synthia_ids,
+        to_train_ids=TO_TRAIN_IDS["synthia"],
+        read_ids=read_synthia_ids,
     ),
     "cityscapes": Kind(
         open_cityscapes,
@@ -317,18 +340,23 @@ DATASETS = {
         "Cityscapes",
         ("train", "val", "test"),
         (512, 1024),
+        "leftImg8bit",
         TO_TRAIN_IDS["cityscapes"],
     ),
     "folder": Kind(
-        open_folder, "name a folder with images/, labels/ and classes.json", None, (), None
+        *(open_folder, "name a folder with images/, labels/ and classes.json", None, (), None),
+        images="images",
     ),
     "streets": Kind(open_streets, "it is drawn", None, ("train", "dev", "val"), STREETS_SIZE),
 }
 
 
-def targets() -> tuple[str, ...]:
-    """The data sets with a validation split: those that a run can adapt to."""
-    return tuple(k for k, kind in DATASETS.items() if not kind.splits or "val" in kind.splits)
+def has_split(name: str, folder: Path | None, split: str) -> bool:
+    """Whether a data set has this split. Its folder is looked for, and no file is opened."""
+    kind = DATASETS[name]
+    if kind.splits and split not in kind.splits:
+        return False
+    return not (kind.images and folder) or (Path(folder) / kind.images / split).is_dir()
 
 
 def default_folder(name: str, data: Path) -> Path | None:
@@ -536,7 +564,10 @@ class Steps(torch.utils.data.Dataset):
 
 
 class Pairs(torch.utils.data.Dataset):
-    """A split for evaluation: (index, image 3 H W resized, label H' W' at its own size)."""
+    """A split for evaluation: (index, image 3 H W resized, label H' W' at its own size).
+
+    The label of an unlabelled split is 255 everywhere, at the image's own size.
+    """
 
     def __init__(self, dataset: DataSet):
         self.dataset = dataset
@@ -549,8 +580,12 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def pair_at(dataset: DataSet, i: int):
-    image, label = image_at(dataset, i), label_at(dataset, i)
-    check_pair(dataset, i, image, label)
+    image = image_at(dataset, i)
+    if dataset.has_labels:
+        label = label_at(dataset, i)
+        check_pair(dataset, i, image, label)
+    else:
+        label = np.full(image.shape[:2], IGNORE, np.uint8)
     resized = np.array(resize(image, dataset.size))  # a copy that torch may write to
     return i, torch.from_numpy(resized).permute(2, 0, 1), torch.from_numpy(label.copy())
 

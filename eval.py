@@ -261,6 +261,22 @@ def score_table(title: str, columns: Mapping[str, dict | None]) -> Table:
     return table
 
 
+def share_table(title: str, columns: Mapping[str, dict]) -> Table:
+    """What `unlabelled` found, a column for each of `columns`: class shares, confidence, M."""
+    table = Table("class", title=title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name in next(iter(columns.values()))["shares"]:
+        table.add_row(name, *(percent(c["shares"][name]) for c in columns.values()))
+    table.add_section()
+    table.add_row("mean confidence", *(percent(c["confidence"]) for c in columns.values()))
+    table.add_row("mean M", *(f"{c['m']:.4f}" for c in columns.values()))
+    for key, label in (("d_source", "D: source is source"), ("d_target", "D: target is source")):
+        if any(key in c for c in columns.values()):
+            table.add_row(label, *(f"{c[key]:.3f}" if key in c else "" for c in columns.values()))
+    return table
+
+
 DPI = 110
 
 
@@ -300,13 +316,13 @@ def overlay(image: np.ndarray, pred: np.ndarray, classes) -> np.ndarray:
 
 def draw(
     dataset: data.DataSet,
-    to_source_ids: np.ndarray,
+    to_source_ids: np.ndarray | None,
     networks: dict,
     device: torch.device,
     classes: Sequence[str],
     count: int = 2,
 ) -> Figure:
-    """The first images of a split: image, each network's prediction, truth."""
+    """The first images of a split: image, each network's prediction, truth (None: without it)."""
     rows = []
     for i in range(min(count, len(dataset))):
         _, image, label = data.Pairs(dataset)[i]
@@ -315,7 +331,7 @@ def draw(
         for name, G in networks.items():
             pred = predict(G, image[None].to(device), [label.shape])[0].cpu().numpy()
             row.append((name, pred))
-        rows.append([*row, ("truth", to_source_ids[label])])
+        rows.append(row if to_source_ids is None else [*row, ("truth", to_source_ids[label])])
     return picture(rows, classes)
 
 

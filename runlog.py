@@ -35,6 +35,13 @@ D_WON = "try a smaller --lr-d, or a larger --lambda-adv"
 D_LOST = "try a smaller --lr-d, or a smaller --lambda-adv"
 
 
+def last_answers(path: Path) -> dict[str, float]:
+    """D's mean probability of "source" on each domain, in the last line of a log that has them."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [line for line in lines if "d_source" in line][-1:]
+    return {key: line[key] for line in found for key in ("d_source", "d_target")}
+
+
 class Log:
     """Writes metrics.jsonl, shows the progress, and watches what a run computes.
 

@@ -246,18 +246,17 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
 def logged(flags: Flags) -> dict:
     """What a finished run's log says of the steps from adv_start on.
 
-    The mean weight of Eq. 5, D's last answers, D's mean loss over the last fifth of them, and the
-    curve, a row for each score on the target: `miou`, `iou` and `shares` in the order of those of
-    the result, `confidence`, `m`, and D's last answers until then.
+    The mean weight of Eq. 5, D's mean loss over the last fifth of them, and the curve, a row for
+    each score on the target: `miou`, `iou` and `shares` in the order of those of the result,
+    `confidence`, `m`, and D's last answers until then.
     """
     _, hyper = configure(flags)
     logged_lines = metrics(flags["out"])
     scores = [x for x in logged_lines if "target_iou" in x and x["step"] > hyper.adv_start]
-    lines = [line for line in logged_lines if "d" in line]
+    lines = [line for line in logged_lines if "d" in line]  # of the adversarial steps
     weight = mean_weight(flags)
     found: dict[str, Any] = {} if weight is None else {"mean_weight": weight}
     if lines:
-        found |= {k: lines[-1][k] for k in ("d_source", "d_target")}
         found["d_loss"] = float(np.mean([x["d"] for x in lines[-max(1, len(lines) // 5) :]]))
     if scores:
         found["curve"] = [point_of_curve(x, lines) for x in scores]
@@ -305,6 +304,8 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     for out in [out for out, result in known.items() if result is None and not checkpoints]:
         known[out] = recorded(study, cells_of[out])
     missing = [flags for out, flags in cells_of.items() if known[out] is None]
+    if missing:
+        need_labels(missing[0])
     donors = choose_donors(list(cells_of.values()))
     donor_of = {flags["out"]: donors.get(warm_up(flags)) for flags in missing}
     first = [flags for flags in missing if donor_of[flags["out"]] in (None, flags["out"])]
@@ -321,6 +322,17 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
                 f"[{done}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
             )
     return [known[flags["out"]] or result_of(flags) for flags in cells]
+
+
+def need_labels(flags: Flags) -> None:
+    """Raises ValueError if these runs would have no score."""
+    settings, _ = configure(flags)
+    _, _, val = train.open_all(settings)
+    if not val.has_labels:
+        raise ValueError(
+            f"{settings.tgt} has no labelled {settings.split} split, and studies compare scores: "
+            "add one, or use train.py"
+        )
 
 
 def result_of(flags: Flags) -> dict:

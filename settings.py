@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import clan
 from checkpoints import newest_valid, read_metadata, saved
-from data import DATASETS, FOLDER_SHORT_SIDE, targets
+from data import DATASETS, FOLDER_SHORT_SIDE
 from devices import launch
 from methods import METHODS, own_fields, unused_fields
 from models import BACKBONES, check_choice, has_imagenet, lineage_for, strides_for
@@ -171,7 +171,7 @@ def choices() -> dict[str, tuple[str, ...]]:
     """The values of the fields whose choices are the rows of a table."""
     return {
         "src": tuple(DATASETS),
-        "tgt": (*targets(), "auto"),
+        "tgt": (*DATASETS, "auto"),
         "backbone": (*BACKBONES, "auto"),
         "method": tuple(METHODS),
     }

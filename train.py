@@ -55,7 +55,7 @@ from models import (
     recompute_blocks,
     set_batchnorm,
 )
-from runlog import Log, Stop, Stopped, remedies
+from runlog import Log, Stop, Stopped, last_answers, remedies
 from settings import (
     Settings,
     configure,
@@ -175,7 +175,10 @@ def first_step(out: Path, resume: Path | None) -> int:
 
 
 def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataSet]:
-    """Source and target for training, and the target's split to score on."""
+    """Source and target for training, and the target's split to score on.
+
+    Without that split it is the target's training images, which have no labels here.
+    """
 
     def folder(name: str, flag: Path | None) -> Path | None:
         return flag or data.default_folder(name, settings.data)
@@ -185,7 +188,10 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     size = settings.tgt_size
     drawn: Any = {"shift": shift, "scenes": settings.scenes}
     target = data.open_dataset(tgt, "target", "train", tgt_dir, size, labels="none", **drawn)
-    val = data.open_dataset(tgt, "target", settings.split, tgt_dir, target.size, **drawn)
+    val = target
+    if data.has_split(tgt, tgt_dir, settings.split):
+        where = (tgt, "target", settings.split, tgt_dir, target.size)
+        val = data.open_dataset(*where, labels="optional", **drawn)
     src_size = settings.src_size
     if settings.src == "streets" and not src_size:  # drawn at the size of its target
         src_size = target.size
@@ -265,6 +271,13 @@ def introduce(
             "weight cannot matter: give --d-strides with fewer 2s",
             soft_wrap=True,
         )
+    if not val.has_labels:
+        console.print(
+            f"no score: {settings.tgt} has no labelled {settings.split} split; confidence, M and "
+            "class shares of its images are reported instead",
+            soft_wrap=True,
+        )
+        return
     _, _, left_out = data.shared_classes(source, val)
     if left_out:
         console.print(f"not scored, in one data set only: {', '.join(left_out)}", soft_wrap=True)
@@ -376,9 +389,11 @@ def after_step(
     due = settings.eval_every and done % settings.eval_every == 0
     if adapts_next or (due and hyper.adv_start < done < hyper.steps):
         result = score()
-        found = {f"target_{key}": result[key] for key in ("miou", "iou", *UNLABELLED)}
-        log.record({"step": done} | found)
-        log.bar.console.print(f"step {done}: target mIoU {100 * result['miou']:.1f}")
+        keys = [key for key in ("miou", "iou", *UNLABELLED) if key in result]
+        log.record({"step": done} | {f"target_{key}": result[key] for key in keys})
+        score_of = f"mIoU {100 * result['miou']:.1f}" if "miou" in result else "without labels:"
+        shown = f"confidence {result['confidence']:.3f}, M {result['m']:.4f}"
+        log.bar.console.print(f"step {done}: target {score_of} {shown}")
     if adapts_next:  # after the score, which a run resumed from here must have
         keep(done, BEFORE)
     if done % settings.save_every == 0 or done == hyper.steps or stopping:
@@ -398,8 +413,10 @@ def scored(
     amp: bool,
     workers: int,
 ) -> dict:
-    """IoU on the target's split, and what its images say without labels."""
-    result = evaluation.score(G, source, val, device=device, amp=amp, workers=workers)
+    """IoU on the target's split if it has labels, and what its images say without them."""
+    result: dict = {"images": len(val)}
+    if val.has_labels:
+        result = evaluation.score(G, source, val, device=device, amp=amp, workers=workers)
     return result | evaluation.unlabelled(G, val, source.classes)
 
 
@@ -437,11 +454,16 @@ def finish(
         networks["before"] = devices.place(before, device)
     networks["after"] = G
     columns = {name: score(network) for name, network in networks.items()}
+    columns["after"] |= last_answers(out / "metrics.jsonl")
     if devices.ranks()[0] > 0:
         return columns["after"]
-    paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, hyper.method)
-    title = f"IoU on {settings.tgt} {settings.split}, %"
-    console.print(evaluation.score_table(title, {**columns, "paper": paper}))
+    if val.has_labels:
+        paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, hyper.method)
+        title = f"IoU on {settings.tgt} {settings.split}, %"
+        console.print(evaluation.score_table(title, {**columns, "paper": paper}))
+    else:
+        title = f"predicted on {settings.tgt}, % of the pixels"
+        console.print(evaluation.share_table(title, columns))
 
     path = newest_checkpoint(out)  # the loop's last
     result = columns["after"] | {
@@ -449,10 +471,11 @@ def finish(
         "settings": read_metadata(path)["settings"],
     }
     if "before" in columns:
-        result["miou_before"] = columns["before"]["miou"]
         result["before"] = {key: columns["before"][key] for key in UNLABELLED}
+    if "before" in columns and val.has_labels:
+        result["miou_before"] = columns["before"]["miou"]
     (out / "eval.json").write_text(json.dumps(result, indent=1))
-    to_source_ids, _, _ = data.shared_classes(source, val)
+    to_source_ids = data.shared_classes(source, val)[0] if val.has_labels else None
     figure = evaluation.draw(val, to_source_ids, networks, device, source.classes)
     figure.savefig(out / "result.png", dpi=evaluation.DPI)
     for name in (path.name, "eval.json", "result.png", "metrics.jsonl"):

@@ -27,6 +27,8 @@ from helpers import (
     last_tensors,
     make_cityscapes,
     make_folder,
+    make_gta5,
+    make_synthia,
     metrics,
     need,
     official_scores,
@@ -38,6 +40,7 @@ from helpers import (
     seeded,
     some_labels,
     striped,
+    study_error,
     tensors_of,
     write_png,
 )
@@ -795,3 +798,94 @@ def test_train_ds_grid_follows_from_the_size_of_the_target(flags, strides, cells
     size = size or ((64, 128) if settings.tgt == "streets" else (144, 192))
     assert models.cells_of(strides, size) == cells
     assert 0.15 <= models.receptive_field(strides) / size[0] <= 0.6
+
+
+# A target without labels.
+
+
+def without_labels(folder: Path, to: Path) -> Path:
+    """A copy of a data set whose label files, and classes.json, are gone."""
+    shutil.copytree(folder, to)
+    for name in ("labels", "gtFine"):
+        shutil.rmtree(to / name, ignore_errors=True)
+    (to / "classes.json").unlink(missing_ok=True)
+    return to
+
+
+def make_target(name: str, folder: Path) -> Path:
+    """A labelled target with a train and a val split."""
+    if name == "cityscapes":
+        return make_cityscapes(folder)
+    content = {"names": ["road", "car"], "ignore": [7]}
+    for split in ("train", "val"):
+        make_folder(folder, content, split=split)
+    return folder
+
+
+@pytest.mark.parametrize("name", ("folder", "cityscapes"))
+def test_train_labels_of_the_target_change_no_bit_of_the_weights(name, few, tmp_path, capsys):
+    labelled = make_target(name, tmp_path / "labelled")
+    bare = without_labels(labelled, tmp_path / "bare")
+    flags = ("--tgt", name, "--backbone", "tiny", "--eval-every", "2", "--tgt-dir")
+    outs = [run(tmp_path / f"run-{p.name}", *flags, str(p)) for p in (labelled, bare)]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("no score: ") == 1 and "mean confidence" in shown and "mIoU" in shown
+    assert_equal(*map(last_tensors, outs))
+    results = [json.loads((out / "eval.json").read_text()) for out in outs]
+    assert "miou" in results[0] and not {"miou", "iou", "miou_before"} & results[1].keys()
+    for key in ("confidence", "m", "shares", "before", "d_source", "d_target"):
+        assert results[0][key] == results[1][key]
+    assert sum(results[1]["shares"].values()) == pytest.approx(1)
+    lines = [line for line in metrics(outs[1]) if "target_m" in line]
+    assert [line["step"] for line in lines] == [4, 6] and "target_miou" not in lines[0]
+    error = study_error("table", tmp_path / "study", *flags[:4], flags[-1], str(bare))
+    assert "no labelled val split" in error
+
+
+@pytest.mark.parametrize("where", ("", "images", "images/train"))
+def test_train_photographs_alone_are_a_target(where, few, tmp_path, capsys):
+    """In a folder, in images/ or in images/train, with folders in between."""
+    for i in range(3):
+        image, _ = striped((40, 70), range(19), seed=i)
+        write_png(tmp_path / "photos" / where / f"day{i}" / "p.png", image)
+    flags = ("--tgt", "folder", "--backbone", "tiny", "--tgt-dir")
+    out = run(tmp_path / "run", *flags, str(tmp_path / "photos"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(3, 32x64)" in shown and "no score: folder has no labelled val split" in shown
+    assert checkpoints.read_metadata(checkpoints.newest_checkpoint(out))["classes"] == list(CLASSES)
+
+
+def test_train_takes_only_whole_folders_for_photographs_alone(few, tmp_path):
+    """Label files are not taken for photographs, and the val split not for training."""
+    folder = make_folder(tmp_path / "a")
+    shutil.move(folder / "images" / "train", folder / "photos")
+    error = run_error("--tgt", "folder", "--backbone", "tiny", "--tgt-dir", str(folder))
+    assert "no image in" in error and "images/train" in error
+    photos = tmp_path / "b"
+    write_png(photos / "images" / "val" / "p.png", striped((40, 70), range(19))[0])
+    assert "images/train" in run_error(
+        "--tgt", "folder", "--backbone", "tiny", "--tgt-dir", str(photos)
+    )
+
+
+def test_train_a_val_split_with_some_labels_missing_is_refused(few, tmp_path):
+    folder = make_target("folder", tmp_path)
+    missing = sorted((folder / "labels" / "val").rglob("*.png"))[0]
+    missing.unlink()
+    error = run_error("--tgt", "folder", "--backbone", "tiny", "--tgt-dir", str(folder))
+    assert "1 of 2 images" in error and str(missing) in error
+
+
+def test_train_gta5_and_synthia_may_be_targets(few, tmp_path):
+    for name, make in (("gta5", make_gta5), ("synthia", make_synthia)):
+        out = run(tmp_path / f"run-{name}", "--tgt", name, "--backbone", "tiny",
+                  "--tgt-dir", str(make(tmp_path / name)))  # fmt: skip
+        assert "miou" not in json.loads((out / "eval.json").read_text())
+
+
+def test_train_the_picture_of_an_unlabelled_target_has_no_truth(tmp_path):
+    write_png(tmp_path / "p.png", striped((40, 70), range(19))[0])
+    dataset = data.open_dataset("folder", "target", "train", tmp_path, (32, 64), labels="none")
+    networks = {"after": models.Generator("tiny")}
+    figure = evaluation.draw(dataset, None, networks, torch.device("cpu"), CLASSES)
+    assert [ax.get_title() for ax in figure.axes] == ["target image", "after"]
