@@ -12,6 +12,7 @@ target's validation split.
 """
 
 import argparse
+import json
 import shlex
 import signal
 import sys
@@ -154,14 +155,20 @@ def table_1_and_2(study: Study) -> None:
 # Does M tell where the ensemble is wrong?
 
 
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value, from 1. Equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
 def auc(scores: np.ndarray, wrong: np.ndarray) -> float:
     """Probability that a wrong pixel scores higher than a right one (ties count a half)."""
     positive, negative = int(wrong.sum()), int((~wrong).sum())
     if not positive or not negative:
         return float("nan")
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # mean rank of equal scores, from 1
-    return float((ranks[wrong].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    return float(
+        (mean_ranks(scores)[wrong].sum() - positive * (positive + 1) / 2) / (positive * negative)
+    )
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -274,6 +281,90 @@ def disagreement(study: Study) -> None:
     save_figure(study, figure, f"disagreement-{study.task}", distinct)
 
 
+# Which figure that needs no label ranks runs as mIoU does?
+
+FIGURES: dict[str, Callable[[dict], float]] = {
+    "confidence": lambda x: x["confidence"],
+    "agreement of the heads, 1 - M": lambda x: 1 - x["m"],
+    "entropy of the class shares": lambda x: entropy(x["shares"]),
+    "D takes the target for the source": lambda x: x.get("d_target", float("nan")),
+}
+
+
+def entropy(shares: dict[str, float] | list[float]) -> float:
+    """Of the classes' shares of the predicted pixels, in nats. High: no class is missing."""
+    p = np.array(list(shares.values()) if isinstance(shares, dict) else shares, float)
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def ranked(groups: list[list[dict]], figure: Callable[[dict], float]) -> tuple[float, float]:
+    """(Spearman, loss): means over groups of at least three that a figure and mIoU can rank.
+
+    loss: how far the mIoU of the candidate with the largest figure lies below the best, in points.
+    """
+    found = []
+    for group in groups:
+        known = [x for x in group if not np.isnan(figure(x))]
+        a, b = (np.array([pick(x) for x in known]) for pick in (figure, miou))
+        if len(known) >= 3 and a.std() > 0 and b.std() > 0:
+            rank = correlation(mean_ranks(a), mean_ranks(b))
+            found.append((rank, 100 * (b.max() - b[a.argmax()])))
+    if not found:
+        return float("nan"), float("nan")
+    return float(np.mean([x for x, _ in found])), float(np.mean([x for _, x in found]))
+
+
+def candidates(lines: list[dict]) -> dict[str, list[list[dict]]]:
+    """Groups of runs or checkpoints that someone without labels would choose from."""
+
+    def grouped(key: Callable[[dict], str]) -> list[list[dict]]:
+        found: dict[str, list[dict]] = {}
+        for line in lines:
+            found.setdefault(key(line), []).append(line["result"])
+        return list(found.values())
+
+    return {
+        "all runs": [[line["result"] for line in lines]],
+        "the seeds of one setting": grouped(lambda x: json.dumps(x["settings"], sort_keys=True)),
+        "the settings of one seed": grouped(lambda x: str(x["seed"])),
+        "the checkpoints of one run": [line["result"].get("curve", []) for line in lines],
+    }
+
+
+def ranking(study: Study) -> None:
+    """Which figure that needs no label ranks runs and checkpoints as mIoU does?
+
+    Over the recorded runs that adapt, scored on val. It trains nothing.
+    """
+    path = study.results / f"{study.task}.jsonl"
+    lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+    lines = [x for x in lines if x["settings"]["split"] == "val" and "d_target" in x["result"]]
+    if len(lines) < 3:
+        raise ValueError(f"{path} has fewer than three runs that adapt: make some, by `control`")
+    groups = candidates(lines)
+    rows = []
+    for name, figure in FIGURES.items():
+        pairs = [ranked(group, figure) for group in groups.values()]
+        rows.append([name, *(f"{rank:.2f}, loses {loss:.1f}" for rank, loss in pairs)])
+    last = [group[-1:] for group in groups["the checkpoints of one run"]]
+    best = [max(map(miou, group)) for group in groups["the checkpoints of one run"] if group]
+    loses = np.mean([100 * (b - miou(x[0])) for b, x in zip(best, filter(None, last), strict=True)])
+    rows.append(["the last checkpoint", "", "", "", f"loses {loses:.1f}"])
+    note = (
+        "Spearman's correlation with target mIoU, a mean over groups, and how many points of mIoU "
+        f"are lost by taking the largest figure. {len(lines)} recorded runs that adapt; groups of "
+        "at least three."
+    )
+    results = {"recorded": [line["result"] | recorded_as(line) for line in lines]}
+    write(study, f"ranking-{study.task}", ["figure", *groups], rows, note, results)
+
+
+def recorded_as(line: dict) -> dict:
+    """What tables say of a recorded run besides its result."""
+    place = {"settings": line["settings"] | {"seed": line["seed"]}, "checkpoint": json.dumps(line)}
+    return place | {key: line[key] for key in ("commit", "machine")}
+
+
 # Photographs as the target.
 
 PHOTOGRAPHS: dict[str, Flags] = MAIN | {
@@ -373,10 +464,17 @@ COMMANDS = {
     "control": Command(control, set(), SEEDS),
     "instrument": Command(instrument, {"images"}, TUNING_SEEDS),
     "sweep": Command(sweep, set(), TUNING_SEEDS),
+    "ranking": Command(ranking, set()),
     "photographs": Command(photographs, set(), (0, 1, 2)),
     "dusk": Command(dusk, set(), (0, 1, 2)),
 }
-NOT_IN_ALL = ("instrument", "sweep", "photographs", "dusk")  # for tuning, or of photographs
+NOT_IN_ALL = (
+    "instrument",
+    "sweep",
+    "ranking",
+    "photographs",
+    "dusk",
+)  # for tuning, or of photographs
 QUICK = {"steps": 240, "adv_start": 165}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets

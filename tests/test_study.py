@@ -496,6 +496,50 @@ def test_study_dusk_splits_camvid_by_its_own_names(scenes, tmp_path, monkeypatch
     assert "0001TP" in study_error("dusk", tmp_path / "runs", "--tgt-dir", str(camvid))
 
 
+# Figures that need no label.
+
+
+def test_study_entropy_is_that_of_the_shares():
+    assert study.entropy({"road": 0.5, "sky": 0.5}) == pytest.approx(math.log(2))
+    assert study.entropy([1.0, 0.0]) == 0.0 == study.entropy([0.0, 1.0])
+
+
+def test_study_a_figure_that_ranks_as_miou_does_loses_nothing():
+    group = [{"miou": m, "x": x} for m, x in ((0.3, 1.0), (0.4, 2.0), (0.5, 9.0))]
+    assert study.ranked([group, group], lambda r: r["x"]) == (pytest.approx(1), 0)
+    rank, loss = study.ranked([group], lambda r: -r["x"])
+    assert (rank, loss) == (pytest.approx(-1), pytest.approx(20))
+    assert study.ranked([group, group[:2]], lambda r: r["x"])[0] == pytest.approx(1)
+    for nothing in ([group[:2]], [[]]):
+        assert math.isnan(study.ranked(nothing, lambda r: r["x"])[0])
+    assert math.isnan(study.ranked([group], lambda r: 1.0)[1])
+
+
+def recorded_line(seed: int, lambda_adv: float, miou: float, split: str = "val") -> dict:
+    """A made-up run in which the confidence is the mIoU, and M tells the opposite."""
+    point = {"miou": miou, "confidence": miou, "m": miou, "shares": [0.5, 0.5], "d_target": 0.5}
+    curve = [point, point | {"miou": miou - 0.1, "confidence": miou - 0.1}, point | {"m": 0.9}]
+    result = point | {"curve": curve, "seconds": 1.0}
+    settings = {"split": split, "lambda_adv": lambda_adv}
+    return {"seed": seed, "settings": settings, "commit": "c", "machine": "m", "result": result}
+
+
+def test_study_ranking_reads_the_recorded_runs_and_trains_nothing(tmp_path):
+    flags = ["--to", str(tmp_path), "--results", str(tmp_path), "--runs", str(tmp_path / "none")]
+    assert "fewer than three runs" in study_error("ranking", tmp_path, *flags[2:4])
+    lines = [recorded_line(s, x, 0.3 + s / 10 + x / 20) for s in range(3) for x in (0.0, 1.0, 2.0)]
+    lines.append(recorded_line(0, 9.0, 0.0, "dev"))
+    path = tmp_path / f"{TASK}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    study.main(["ranking", *flags])
+    content = json.loads((tmp_path / f"ranking-{TASK}.json").read_text())
+    rows = {row[0]: row[1:] for row in content["rows"]}
+    assert rows["confidence"] == ["1.00, loses 0.0"] * 3 + ["0.87, loses 0.0"]
+    assert rows["agreement of the heads, 1 - M"][0] == "-1.00, loses 30.0"
+    assert rows["the last checkpoint"][-1] == "loses 0.0"
+    assert "9 recorded runs" in content["notes"][0] and not (tmp_path / "none").exists()
+
+
 # Recorded runs.
 
 
