@@ -534,7 +534,7 @@ def test_study_ranking_reads_the_recorded_runs_and_trains_nothing(tmp_path):
     study.main(["ranking", *flags])
     content = json.loads((tmp_path / f"ranking-{TASK}.json").read_text())
     rows = {row[0]: row[1:] for row in content["rows"]}
-    assert rows["confidence"] == ["1.00, loses 0.0"] * 3 + ["0.87, loses 0.0"]
+    assert rows["confidence"] == ["1.00, loses 0.0"] * 4
     assert rows["agreement of the heads, 1 - M"][0] == "-1.00, loses 30.0"
     assert rows["the last checkpoint"][-1] == "loses 0.0"
     assert "9 recorded runs" in content["notes"][0] and not (tmp_path / "none").exists()
