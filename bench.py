@@ -33,7 +33,7 @@ from rich.table import Table
 import clan
 import data
 import eval as evaluation
-from devices import find_device, machine
+from devices import does_not_fit, find_device, machine
 from gpu import PARTS, bench_gpu
 from measure import (
     FILES,
@@ -287,7 +287,9 @@ def main(argv: list[str] | None = None) -> None:
         result = COMMANDS[args.what](args, console)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not does_not_fit(error):
+            raise
         first = str(error).splitlines()[0]
         sys.exit(f"error: {first} Give smaller --sizes, a smaller --batch, or --amp.")
     except KeyboardInterrupt:

@@ -160,6 +160,7 @@ def open_dataset(
     shift: Sequence[float] = (0.5, 0.5),
     mixed: bool = False,
     scenes: int = 0,
+    short_side: int = 512,
 ) -> DataSet:
     """The images of one split, found but not read.
 
@@ -169,6 +170,7 @@ def open_dataset(
     training, "optional" for its split to score on. shift: how much the city of streets differs from
     its game, in look and in layout, each in [0, 1]. mixed: as a source, streets draws each scene
     with a look between game and city. scenes: which streets; each number draws all of them anew.
+    short_side: of a folder's images, if no size is given.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
@@ -184,6 +186,8 @@ def open_dataset(
     wanted = (int(size[0]), int(size[1])) if size else kind.size
     if name == "streets":
         return open_streets(role, split, wanted or STREETS_SIZE, tuple(shift), mixed, scenes)
+    if name == "folder":
+        return open_folder(Path(folder or ""), split, wanted, labels, short_side)
     return kind.opener(Path(folder or ""), split, wanted, labels)
 
 
@@ -269,9 +273,6 @@ def open_streets(
     return DataSet("streets", CLASSES, CLASSES, size, size, items)
 
 
-FOLDER_SHORT_SIDE = 144  # a laptop trains this in minutes; --tgt-size or --src-size changes it
-
-
 def folder_of_images(folder: Path, split: str, labels: Labels) -> Path:
     """images/SPLIT, or for photographs alone images/ or the folder itself."""
     where = folder / "images" / split
@@ -282,7 +283,9 @@ def folder_of_images(folder: Path, split: str, labels: Labels) -> Path:
     return folder / "images" if (folder / "images").is_dir() else folder
 
 
-def open_folder(folder: Path, split: str, size: Size | None, labels: Labels) -> DataSet:
+def open_folder(
+    folder: Path, split: str, size: Size | None, labels: Labels, short_side: int
+) -> DataSet:
     where = folder_of_images(folder, split, labels)
     images = [p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()]
 
@@ -294,7 +297,7 @@ def open_folder(folder: Path, split: str, size: Size | None, labels: Labels) -> 
     names = read_classes(folder / "classes.json")[0] if labelled else ()
     if size is None:  # keep the aspect ratio of the first image
         width, height = read_header(pairs[0][0]).size
-        scale = FOLDER_SHORT_SIDE / min(height, width)
+        scale = short_side / min(height, width)
         size = (8 * round(height * scale / 8), 8 * round(width * scale / 8))
     return DataSet("folder", names, names, size, size, pairs)
 
@@ -302,7 +305,7 @@ def open_folder(folder: Path, split: str, size: Size | None, labels: Labels) -> 
 class Kind(NamedTuple):
     """A row of DATASETS: what is known of a data set before a file is read."""
 
-    opener: Callable[..., DataSet]  # (folder, split, size, labels), but not for streets
+    opener: Callable[..., DataSet]  # (folder, split, size, labels), but not of streets and folder
     layout: str  # where its files belong, for messages
     folder: str | None  # its place under --data
     splits: tuple[str, ...]  # (): any name of a folder in images/

@@ -222,3 +222,9 @@ def data_parallel(method: Method, G: nn.Module, D: nn.Module | None) -> Method:
         ),
         d_step=method.d_step if D is None else wrap(Step(method.d_step, D)),
     )
+
+
+def does_not_fit(error: BaseException) -> bool:
+    """Whether an error means that the memory is too small. Libraries say it in different words."""
+    words = ("out of memory", "can't allocate memory", "find an engine", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

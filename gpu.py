@@ -31,7 +31,7 @@ import clan
 import compilation
 import data
 import train
-from devices import choose_algorithms, machine
+from devices import choose_algorithms, does_not_fit, machine
 from measure import (
     PAPER_SIZES,
     Case,
@@ -213,12 +213,6 @@ def memory(subject: Subject, step: int) -> Row:
     subject.step(step)
     subject.wait()
     return {"peak GB": torch.cuda.max_memory_allocated(subject.device) / 1e9}
-
-
-def does_not_fit(error: RuntimeError) -> bool:
-    """Whether an error means that the memory is too small; cuDNN and cuBLAS say it in words."""
-    words = ("out of memory", "find an engine", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def step_times_and_memory(scale: Scale) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import clan
 from checkpoints import newest_valid, read_metadata, saved
-from data import DATASETS, FOLDER_SHORT_SIDE
+from data import DATASETS
 from devices import launch
 from methods import METHODS, own_fields, unused_fields
 from models import BACKBONES, check_choice, has_imagenet, lineage_for, strides_for
@@ -124,10 +124,15 @@ TUNED: dict[tuple[str, str], Flags] = {
 }
 
 
+def short_side(backbone: str) -> int:
+    """Of a folder's images, unless --tgt-size or --src-size says more."""
+    return {"tiny": 144, "lite0": 192}.get(backbone, 512)
+
+
 def defaults(settings: Settings, method: str) -> Flags:
     """What the data set, the backbone and the method change in the recipe."""
     size = settings.tgt_size or DATASETS[settings.tgt].size
-    change: Flags = {"d_strides": strides_for(min(size) if size else FOLDER_SHORT_SIDE)}
+    change: Flags = {"d_strides": strides_for(min(size) if size else short_side(settings.backbone))}
     change |= OF_BACKBONE.get(settings.backbone, {})
     if settings.src == "synthia" and settings.recipe == "released":
         change |= {"lambda_local": 10.0}

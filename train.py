@@ -59,11 +59,13 @@ from runlog import Log, Stop, Stopped, last_answers, remedies
 from settings import (
     Settings,
     configure,
+    flag_of,
     parse,
     refuse_unused_flags,
     restarted,
     resumed,
     run_folder,
+    short_side,
 )
 from weights import load_generator, load_weights
 
@@ -187,6 +189,7 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     tgt_dir = folder(tgt, settings.tgt_dir)
     size = settings.tgt_size
     drawn: Any = {"shift": shift, "scenes": settings.scenes}
+    drawn["short_side"] = short_side(settings.backbone)
     target = data.open_dataset(tgt, "target", "train", tgt_dir, size, labels="none", **drawn)
     val = target
     if data.has_split(tgt, tgt_dir, settings.split):
@@ -265,6 +268,15 @@ def introduce(
         f"{device}, into {settings.out}",
         soft_wrap=True,
     )
+    resized = [name for name in ("src", "tgt") if getattr(settings, name) == "folder"
+               and not getattr(settings, f"{name}_size")]  # fmt: skip
+    if resized:
+        flags = " or ".join(flag_of(f"{name}_size") for name in resized)
+        console.print(
+            f"a folder's images have a short side of {short_side(settings.backbone)} with "
+            f"{settings.backbone}: {flags} H W changes it",
+            soft_wrap=True,
+        )
     if adversarial and min(rows, columns) < FEW_CELLS:
         console.print(
             f"warning: D answers with {rows}x{columns} numbers for an image, so the place of the "
@@ -515,9 +527,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC
         sys.exit(f"error: {error}" + "; make room, then go on with --resume" * full)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} {LESS_MEMORY}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if devices.does_not_fit(error):
+            sys.exit(f"error: {(str(error) or 'no memory').splitlines()[0]} {LESS_MEMORY}")
         lost = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
         if place.world == 1 or not lost:
             raise

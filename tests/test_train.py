@@ -647,6 +647,46 @@ def test_train_out_of_memory_ends_with_a_sentence_that_names_the_flags(few, tmp_
     monkeypatch.setattr(train, "one_step", full)
     error = run_error(*SMALL, "--out", str(tmp_path))
     assert "Tried to allocate 2 GiB. Give --recompute" in error and "\n" not in error
+    assert "--tgt-size" in error and "--batch" in error
+
+
+TOO_LITTLE = """
+import resource, sys
+import train
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), resource.RLIM_INFINITY))
+train.main(sys.argv[2:])
+"""
+
+
+def test_train_too_little_memory_of_a_cpu_ends_with_a_sentence(tmp_path):
+    """An address space of 5 GB, and a step on 64 images that needs more."""
+    flags = "--tgt-size 256 512 --batch 64 --steps 2 --adv-start 1 --d-channels 4 --device cpu"
+    command = [sys.executable, "-c", TOO_LITTLE, "5000000000", *flags.split()]
+    result = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=HERE, capture_output=True, text=True
+    )
+    assert result.returncode == 1, result.stderr[-2000:]
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr[-2000:]
+    assert "Give --recompute" in lines[0] and "--tgt-size" in lines[0]
+
+
+@pytest.mark.parametrize(("backbone", "side"), (("tiny", 144), ("lite0", 192), ("vgg16", 512)))
+def test_train_a_folder_is_resized_by_the_backbone_and_says_so(backbone, side, tmp_path):
+    make_folder(tmp_path, {"names": ["road"]}, size=(48, 64))
+    flags = {"tgt": "folder", "tgt_dir": tmp_path, "backbone": backbone}
+    settings, hyper = configure(flags)
+    source, target, val = train.open_all(settings)
+    assert target.size == val.size == (side, 8 * round(side / 6)) == source.size
+    assert hyper.d_strides == models.strides_for(side)
+    console = Console(file=io.StringIO(), width=500)
+    train.introduce(settings, hyper, source, target, val, torch.device("cpu"), console)
+    shown = console.file.getvalue()
+    assert f"a short side of {side} with {backbone}: --tgt-size H W changes it" in shown
+    settings, hyper = configure(flags | {"tgt_size": (64, 80)})
+    assert train.open_all(settings)[1].size == (64, 80)
+    train.introduce(settings, hyper, source, target, val, torch.device("cpu"), console)
+    assert console.file.getvalue().count("changes it") == 1
 
 
 @pytest.mark.parametrize(("ampere", "expected"), ((True, True), (False, False)))
