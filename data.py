@@ -11,7 +11,6 @@ A wrong file gives a ValueError of one sentence that names the file and the reme
 """
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +28,8 @@ from rich.table import Table
 
 import streets
 from clan import Batch, Hyper
-from classes import CLASSES, IGNORE, SYNTHIA_ABSENT, TO_TRAIN_IDS, UNKNOWN, id_table
+from classes import CLASSES, IGNORE, SYNTHIA_ABSENT, TO_TRAIN_IDS, UNKNOWN
+from folders import files_of, read_classes
 from methods import uses_target
 
 PHOTOGRAPH_MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr")
@@ -105,7 +105,7 @@ def read_label(path: Path, name: str) -> np.ndarray:
     kind = DATASETS[name]
     if kind.to_train_ids is None:
         raise ValueError(f"the ids of {name} are in its classes.json: use label_at")
-    return map_ids(kind.read_ids(path), kind.to_train_ids, path)
+    return map_ids(kind.read_ids(path), kind.to_train_ids, path, "")
 
 
 def read_indices(path: Path) -> np.ndarray:
@@ -136,12 +136,19 @@ def check_indices(image: Image.Image, path: Path) -> np.ndarray:
     return np.asarray(image)  # a palette image gives its indices, not its colours
 
 
-def map_ids(ids: np.ndarray, to_train_ids: np.ndarray, path: Path) -> np.ndarray:
+def map_ids(ids: np.ndarray, to_train_ids: np.ndarray, path: Path, list_file: str) -> np.ndarray:
+    """The train ids of a label. list_file: where its ids are listed, for a folder."""
     label = to_train_ids[ids]
-    if (label == UNKNOWN).any():
+    unknown = label == UNKNOWN
+    if unknown.any():
+        wrong = ids[unknown][0]
+        share = (ids == wrong).mean()
+        # An id that covers much of the picture is a class, and ignoring it would empty the score.
+        remedy = f"{'name it in `ids`' if share > 0.01 else '`ignore` it'} in {list_file}"
         raise ValueError(
-            f"{path} holds the id {ids[label == UNKNOWN][0]}, which its data set does not define: "
-            "check that this is the right label file (or add the id to `ignore` in classes.json)"
+            f"{path} holds the id {wrong} ({100 * share:.1f} % of its pixels), which its data set "
+            "does not define: check that this is the right label file"
+            + (f", or {remedy}" if list_file else "")
         )
     return label
 
@@ -210,10 +217,17 @@ def pair(
         raise ValueError(f"no image in {where}: {layout}")
     if labels == "none":
         return tuple((image, None) for image in images)
-    pairs = tuple((image, label_of(image)) for image in images)
+    return complete(tuple((image, label_of(image)) for image in images), labels, where, layout)
+
+
+def complete(pairs: tuple, labels: Labels, where: Path, layout: str) -> tuple:
+    """The pairs, without labels if these are optional and none exists.
+
+    Raises ValueError if a label is missing.
+    """
     missing = [label for _, label in pairs if not label.is_file()] if labels != "unchecked" else []
     if labels == "optional" and len(missing) == len(pairs):
-        return tuple((image, None) for image in images)
+        return tuple((image, None) for image, _ in pairs)
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(pairs)} images in {where} have no label, the first "
@@ -286,15 +300,30 @@ def folder_of_images(folder: Path, split: str, labels: Labels) -> Path:
 def open_folder(
     folder: Path, split: str, size: Size | None, labels: Labels, short_side: int
 ) -> DataSet:
-    where = folder_of_images(folder, split, labels)
-    images = [p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+    list_file, layout = folder / "classes.json", DATASETS["folder"].layout
+    classes = read_classes(list_file) if list_file.exists() else None
+    if classes and classes.images:
+        if split not in classes.images:
+            raise ValueError(f"{list_file} has no images of {split}: add a pattern for them")
+        found = files_of(folder, classes, split, with_labels=labels != "none")
+        if not found:
+            raise ValueError(
+                f"no image below {folder} fits {classes.images[split]}: change `images` of "
+                f"{list_file}"
+            )
+        bare = labels == "none" or found[0][1] is None
+        if bare and labels == "required":
+            raise ValueError(f"{list_file} has no labels of {split}: add a pattern for them")
+        pairs = tuple(found) if bare else complete(tuple(found), labels, folder, layout)
+    else:
+        where = folder_of_images(folder, split, labels)
+        images = [p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()]
 
-    def label_of(image: Path) -> Path:
-        return (folder / "labels" / split / image.relative_to(where)).with_suffix(".png")
+        def label_of(image: Path) -> Path:
+            return (folder / "labels" / split / image.relative_to(where)).with_suffix(".png")
 
-    pairs = pair(images, label_of, labels, where, DATASETS["folder"].layout)
-    labelled = pairs[0][1] is not None
-    names = read_classes(folder / "classes.json")[0] if labelled else ()
+        pairs = pair(images, label_of, labels, where, layout)
+    names = read_classes(list_file).names if pairs[0][1] is not None else ()
     if size is None:  # keep the aspect ratio of the first image
         width, height = read_header(pairs[0][0]).size
         scale = short_side / min(height, width)
@@ -359,6 +388,10 @@ def has_split(name: str, folder: Path | None, split: str) -> bool:
     kind = DATASETS[name]
     if kind.splits and split not in kind.splits:
         return False
+    if name == "folder" and folder and (Path(folder) / "classes.json").exists():
+        classes = read_classes(Path(folder) / "classes.json")
+        if classes.images:
+            return split in classes.images
     return not (kind.images and folder) or (Path(folder) / kind.images / split).is_dir()
 
 
@@ -366,35 +399,6 @@ def default_folder(name: str, data: Path) -> Path | None:
     """Where a data set lies under the folder of data sets; None if it has no place there."""
     inside = DATASETS[name].folder
     return data / inside if inside else None
-
-
-@lru_cache
-def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """classes.json of a folder: names by label id, and the map from label id to train id.
-
-    {"names": ["sky", ...], "ignore": [11]}: id i is names[i]; the ids of `ignore` are unlabelled.
-    The classes of two data sets are matched by name: use Cityscapes' names where they fit.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names, ignore = content["names"], content.get("ignore", [])
-        if not (
-            names
-            and isinstance(names, list)
-            and all(isinstance(n, str) for n in names)
-            and len(set(names)) == len(names)
-        ):
-            raise ValueError("names must be different strings, at least one")
-        if len(names) > UNKNOWN or set(content) - {"names", "ignore"}:
-            raise ValueError("it may hold up to 254 names, and no keys but names and ignore")
-        if not all(isinstance(i, int) and len(names) <= i <= 255 for i in ignore):
-            raise ValueError("ignore must list ids after those of the names, up to 255")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a class list ({error}): write "
-            '{"names": ["road", ...], "ignore": [255]}'
-        ) from error
-    return tuple(names), id_table(ignore, {i: i for i in range(len(names))})
 
 
 # Reading samples.
@@ -433,7 +437,8 @@ def label_at(dataset: DataSet, i: int) -> np.ndarray:
     if dataset.name != "folder":
         return read_label(path, dataset.name)
     root = next(p for p in image.parents if (p / "classes.json").is_file())
-    return map_ids(read_indices(path), read_classes(root / "classes.json")[1], path)
+    list_file = root / "classes.json"
+    return map_ids(read_indices(path), read_classes(list_file).to_train_ids, path, str(list_file))
 
 
 def check_pair(dataset: DataSet, i: int, image: np.ndarray, label: np.ndarray) -> None:

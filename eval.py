@@ -40,6 +40,7 @@ from devices import (
     share_buffers,
     uses_bfloat16,
 )
+from folders import read_classes
 from losses import discrepancy_map
 from methods import METHODS
 from models import Generator
@@ -193,13 +194,21 @@ def evaluate(
 
 
 def scores(confusion: torch.Tensor, classes, scored) -> dict:
-    """{"miou", "iou" by name} over the scored classes. The mean leaves out absent classes."""
+    """{"miou", "iou" by name} over the scored classes. The mean leaves out absent classes.
+
+    Labels of one class alone say nothing, since any network would read 100 %: then "only_class"
+    names it, and there is no "miou".
+    """
     by_name = dict(zip(classes, iou(confusion).tolist(), strict=True))
     by_name = {name: by_name[name] for name in scored}
     present = [value for value in by_name.values() if not np.isnan(value)]
     if not present:
         raise ValueError(f"no labelled pixel of {', '.join(scored)}: check labels and classes.json")
     absent_is_none = {k: None if np.isnan(v) else v for k, v in by_name.items()}  # null in JSON
+    counts = dict(zip(classes, confusion.sum(dim=1).tolist(), strict=True))
+    occur = [name for name in scored if counts[name] > 0]
+    if len(occur) == 1:
+        return {"only_class": occur[0], "iou": absent_is_none}
     return {"miou": float(np.mean(present)), "iou": absent_is_none}
 
 
@@ -208,7 +217,8 @@ def report(confusion: torch.Tensor, source: data.DataSet, target: data.DataSet) 
     _, scored, left_out = data.shared_classes(source, target)
     result = scores(confusion, source.classes, scored)
     if source.name == "synthia" and target.name == "cityscapes":
-        result["miou_13"] = scores(confusion, source.classes, SYNTHIA_13)["miou"]
+        of_13 = scores(confusion, source.classes, SYNTHIA_13)
+        result |= {"miou_13": of_13["miou"]} if "miou" in of_13 else {}
     return result | {"left_out": list(left_out), "images": len(target)}
 
 
@@ -229,6 +239,16 @@ def score(
 
 
 # Tables and pictures.
+
+
+def no_score(result: dict, name: str) -> str:
+    """Why a result has no mIoU."""
+    if "only_class" in result:
+        return (
+            f"no score: only {result['only_class']} occurs in the labels of {name}, so any network "
+            "would read 100 %"
+        )
+    return f"no score: {name} has no labels"
 
 
 def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
@@ -396,6 +416,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
     method, backbone = settings.get("method", "clan"), settings.get("backbone", args.backbone)
     paper = paper_row(src, tgt, backbone, method)
     console.print(score_table(f"{src} to {tgt} {args.split}", {"%": result, "paper": paper}))
+    if "miou" not in result:
+        console.print(no_score(result, tgt), soft_wrap=True)
     if result["left_out"]:
         console.print(f"not scored, in one data set only: {', '.join(result['left_out'])}")
     result |= {"checkpoint": str(path), "settings": settings}
@@ -405,7 +427,7 @@ def evaluate_main(args: argparse.Namespace) -> None:
     figure = draw(target, to_source_ids, {"prediction": G}, device, source.classes)
     figure.savefig(out / f"{name}.png", dpi=DPI)
     console.print(
-        f"{path}: mIoU {100 * result['miou']:.1f} over {len(target)} images; "
+        f"{path}: mIoU {percent(result.get('miou'))} over {len(target)} images; "
         f"{out / name}.json and .png",
         soft_wrap=True,
     )
@@ -417,7 +439,7 @@ def source_classes(src: str, metadata: dict, folder: Path | None) -> data.DataSe
     if not metadata and src == "folder":
         if folder is None:
             raise ValueError("the classes of these weights are unknown: name their --src-dir")
-        classes, _ = data.read_classes(Path(folder) / "classes.json")
+        classes = read_classes(Path(folder) / "classes.json").names
     absent = SYNTHIA_ABSENT if src == "synthia" else ()
     labelled = tuple(c for c in classes if c not in absent)
     return data.DataSet(src, classes, labelled, (0, 0), (0, 0), ())

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import clan
+import eval as evaluation
 import train
 from checkpoints import BEFORE, owned, read_checkpoint, read_metadata, save, saved
 from devices import find_device, machine
@@ -232,6 +233,8 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
             start = adopt(donor, flags)
         with (out / "log.txt").open("a") as file, contextlib.redirect_stdout(file):
             result = train.train(settings, hyper, start, Console(file=file))
+    if "miou" not in result:
+        raise ValueError(f"{out}: {evaluation.no_score(result, settings.tgt)}; studies need one")
     result["seconds"] = time.monotonic() - since
     result["machine"] = machine(find_device(settings.device)) + " a run"
     result["threads"] = torch.get_num_threads()
@@ -304,8 +307,6 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     for out in [out for out, result in known.items() if result is None and not checkpoints]:
         known[out] = recorded(study, cells_of[out])
     missing = [flags for out, flags in cells_of.items() if known[out] is None]
-    if missing:
-        need_labels(missing[0])
     donors = choose_donors(list(cells_of.values()))
     donor_of = {flags["out"]: donors.get(warm_up(flags)) for flags in missing}
     first = [flags for flags in missing if donor_of[flags["out"]] in (None, flags["out"])]
@@ -322,17 +323,6 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
                 f"[{done}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
             )
     return [known[flags["out"]] or result_of(flags) for flags in cells]
-
-
-def need_labels(flags: Flags) -> None:
-    """Raises ValueError if these runs would have no score."""
-    settings, _ = configure(flags)
-    _, _, val = train.open_all(settings)
-    if not val.has_labels:
-        raise ValueError(
-            f"{settings.tgt} has no labelled {settings.split} split, and studies compare scores: "
-            "add one, or use train.py"
-        )
 
 
 def result_of(flags: Flags) -> dict:

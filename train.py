@@ -285,8 +285,8 @@ def introduce(
         )
     if not val.has_labels:
         console.print(
-            f"no score: {settings.tgt} has no labelled {settings.split} split; confidence, M and "
-            "class shares of its images are reported instead",
+            f"{settings.tgt} has no labelled {settings.split} split: confidence, M and class "
+            "shares of its images are reported in place of a score",
             soft_wrap=True,
         )
         return
@@ -469,11 +469,12 @@ def finish(
     columns["after"] |= last_answers(out / "metrics.jsonl")
     if devices.ranks()[0] > 0:
         return columns["after"]
-    if val.has_labels:
+    if "miou" in columns["after"]:
         paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, hyper.method)
         title = f"IoU on {settings.tgt} {settings.split}, %"
         console.print(evaluation.score_table(title, {**columns, "paper": paper}))
     else:
+        console.print(evaluation.no_score(columns["after"], settings.tgt), soft_wrap=True)
         title = f"predicted on {settings.tgt}, % of the pixels"
         console.print(evaluation.share_table(title, columns))
 
@@ -484,8 +485,7 @@ def finish(
     }
     if "before" in columns:
         result["before"] = {key: columns["before"][key] for key in UNLABELLED}
-    if "before" in columns and val.has_labels:
-        result["miou_before"] = columns["before"]["miou"]
+        result |= {"miou_before": columns["before"].get("miou")} if "miou" in result else {}
     (out / "eval.json").write_text(json.dumps(result, indent=1))
     to_source_ids = data.shared_classes(source, val)[0] if val.has_labels else None
     figure = evaluation.draw(val, to_source_ids, networks, device, source.classes)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import bench
 import data
 import eval as evaluation
+import folders
 import study
 import train
 from clan import Hyper
@@ -196,16 +197,16 @@ def test_bad_input_class_files(tmp_path, capsys):
     root = tmp_path / "set"
     small_set("folder", root)
     for content in CLASS_FILES:
-        data.read_classes.cache_clear()
+        folders.read_classes.cache_clear()
         (root / "classes.json").write_text(content)
         said = complaint(data.main, ["folder", "--dir", root], capsys)
         assert "classes.json is not a class list" in said and REMEDY.search(said), content
     (root / "classes.json").write_bytes(b"\xff\xfe\x00")
-    data.read_classes.cache_clear()
+    folders.read_classes.cache_clear()
     assert "classes.json is not a class list" in complaint(
         data.main, ["folder", "--dir", root], capsys
     )
-    data.read_classes.cache_clear()
+    folders.read_classes.cache_clear()
 
 
 def wrong_weights(folder: Path, good: Path) -> list[Path]:

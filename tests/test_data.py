@@ -263,10 +263,21 @@ def test_data_sizes_are_those_of_the_released_code(tmp_path, name, size):
         ('{"names": ["road", "road"]}', "different strings"),
         ('{"names": ["road", 3]}', "different strings"),
         ('{"names": "road"}', "different strings"),
-        ('{"names": ["road"], "ignore": [0]}', "ids after those of the names"),
+        ('{"names": ["road"], "ignore": [0]}', "that no class has"),
         ('{"names": ["road"], "ignore": [256]}', "up to 255"),
         ('{"names": ["road"], "ignore": ["255"]}', "ids"),
-        ('{"names": ["road"], "ignore": 255}', "classes.json"),
+        ('{"names": ["road"], "ignore": 255}', "ignore must list"),
+        ('{"names": ["road"], "ids": {"0": "road"}}', "either names or ids"),
+        ('{"ids": {"256": "road"}}', "up to 255"),
+        ('{"ids": {"road": 0}}', "classes.json"),
+        ('{"ids": {"1": "road", "01": "car"}}', "different numbers"),
+        ('{"ids": {}}', "at least one"),
+        ('{"ids": {"1": "road"}, "ignore": [1]}', "that no class has"),
+        ('{"names": ["road"], "images": {"train": "a/*.png"}}', "needs {name} once"),
+        ('{"names": ["road"], "images": {"train": "a/**/{name}.png"}}', r"no \\*\\*"),
+        ('{"names": ["road"], "images": {"train": "../{name}.png"}}', "below the folder"),
+        ('{"names": ["road"], "images": {"train": 3}}', "classes.json"),
+        ('{"names": ["road"], "labels": {"train": "{name}.png"}}', "that images lacks"),
     ),
 )
 def test_data_a_wrong_class_list_is_refused_with_the_format(tmp_path, content, reason):
@@ -275,7 +286,7 @@ def test_data_a_wrong_class_list_is_refused_with_the_format(tmp_path, content, r
     with pytest.raises(ValueError, match=reason) as caught:
         data.open_dataset("folder", "target", "train", tmp_path)
     assert "classes.json is not a class list" in str(caught.value)
-    assert '{"names": ["road", ...], "ignore": [255]}' in str(caught.value)
+    assert '{"ids": {"0": "background", "255": "lesion"}}' in str(caught.value)
 
 
 def test_data_a_folder_without_a_class_list_is_refused(tmp_path):
@@ -288,7 +299,7 @@ def test_data_a_folder_without_a_class_list_is_refused(tmp_path):
 def test_data_a_folder_is_read_with_its_own_classes(tmp_path):
     dataset = data.open_dataset("folder", "target", "train", make_folder(tmp_path))
     assert dataset.classes == ("road", "lake", "car") and len(dataset) == 2
-    assert dataset.size == (144, 240)  # short side 144, the images' own aspect
+    assert dataset.size == (512, 856)  # the images' own aspect
     label, image = data.label_at(dataset, 0), data.image_at(dataset, 0)
     assert label[0, 0] == 255 and (40 * label[1:] == image[1:, :, 0]).all()
 
@@ -296,7 +307,7 @@ def test_data_a_folder_is_read_with_its_own_classes(tmp_path):
 def test_data_an_undefined_id_in_a_folder_is_refused_and_named(tmp_path):
     dataset = data.open_dataset("folder", "target", "train", make_folder(tmp_path))
     write_png(dataset.items[0][1], np.full((24, 40), 3, np.uint8))
-    with pytest.raises(ValueError, match=r"holds the id 3, .*add the id to `ignore`"):
+    with pytest.raises(ValueError, match=r"holds the id 3 \(100.0 %.*name it in `ids`"):
         data.label_at(dataset, 0)
 
 

@@ -29,7 +29,17 @@ from weights import load_generator
 
 # A file imports only files that stand before it.
 ORDER = (
-    *("losses", "clan", "methods", "classes", "streets", "data", "checkpoints", "models"),
+    *(
+        "losses",
+        "clan",
+        "methods",
+        "classes",
+        "streets",
+        "folders",
+        "data",
+        "checkpoints",
+        "models",
+    ),
     *("weights", "devices", "compilation", "settings", "runlog", "eval", "train", "runs"),
     *("figures", "tuning", "control", "study", "measure", "gpu", "bench"),
 )
