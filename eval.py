@@ -15,21 +15,19 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-import clan
 import data
 from checkpoints import newest_checkpoint, read_metadata
-from classes import CLASSES, LABEL_IDS, SYNTHIA_13, SYNTHIA_ABSENT, palette_of
+from classes import CLASSES, IGNORE, LABEL_IDS, SYNTHIA_13, SYNTHIA_ABSENT, palette_of
 from devices import (
     count_workers,
     find_device,
@@ -41,9 +39,9 @@ from devices import (
     uses_bfloat16,
 )
 from folders import read_classes
-from losses import discrepancy_map
 from methods import METHODS
 from models import Generator
+from predictions import add_flags, ensemble_and_m, predict, predict_main
 from weights import load_generator
 
 
@@ -75,53 +73,6 @@ def iou(confusion: torch.Tensor) -> torch.Tensor:
 
 
 # Running a network over a split.
-
-
-@torch.no_grad()
-def predict(
-    G: torch.nn.Module, images: torch.Tensor, sizes: Sequence[Sequence[int]], amp: bool = False
-) -> list[torch.Tensor]:
-    """Train ids (uint8 H W) of B 3 h w uint8 images, each at its full size in `sizes`.
-
-    The logits are up-sampled before the argmax (Section 4.2).
-    """
-    G.eval()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        logits_1, logits_2 = G(images)
-    logits = logits_1.float() + logits_2.float()  # B C h w
-    return [best_class(one, size) for one, size in zip(logits, sizes, strict=True)]
-
-
-def best_class(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The arg-max over classes of C h w logits up-sampled to size H W, as uint8 H W.
-
-    It works class by class. So it holds two planes of that size instead of C, and takes a third of
-    the time.
-    """
-
-    def plane(c: int) -> torch.Tensor:  # H W
-        one = logits[None, c : c + 1]  # 1 1 h w
-        return F.interpolate(one, tuple(size), mode="bilinear", align_corners=True)[0, 0]
-
-    best = plane(0)
-    pred = torch.zeros_like(best, dtype=torch.uint8)
-    for c in range(1, len(logits)):
-        up = plane(c)
-        pred.masked_fill_(up > best, c)
-        torch.maximum(best, up, out=best)
-    return pred
-
-
-@torch.no_grad()
-def ensemble_and_m(
-    G: Generator, image: torch.Tensor, size: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(p, M) of one image 3 H W on the CPU: the ensemble C h' w', the discrepancy h' w'."""
-    G.eval()
-    images = image[None].to(next(G.parameters()).device)
-    logits_1, logits_2 = (clan.upsample(x, size) for x in G(images))
-    m = discrepancy_map(logits_1.softmax(dim=1), logits_2.softmax(dim=1))
-    return (logits_1 + logits_2).softmax(dim=1)[0].cpu(), m[0, 0].cpu()
 
 
 def spread_images(dataset: data.DataSet, count: int) -> Iterator[tuple]:
@@ -329,11 +280,6 @@ def picture(rows: list[list[tuple[str, np.ndarray]]], classes: Sequence[str]) ->
     return figure
 
 
-def overlay(image: np.ndarray, pred: np.ndarray, classes) -> np.ndarray:
-    """The photograph with its classes' colours laid over it, H W 3 uint8."""
-    return (0.5 * image + 0.5 * palette_of(classes)[pred]).astype(np.uint8)
-
-
 def draw(
     dataset: data.DataSet,
     to_source_ids: np.ndarray | None,
@@ -388,7 +334,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
     size = args.tgt_size or (metadata.get("tgt_size") if tgt == settings.get("tgt") else None)
     tgt_dir = folder_of(tgt, args.tgt_dir, "tgt_dir")
     drawn = {key: settings[key] for key in ("shift", "scenes") if key in settings}
-    target = data.open_dataset(tgt, "target", args.split, tgt_dir, size, **drawn)
+    optional: Any = {"labels": "optional"} | drawn
+    target = data.open_dataset(tgt, "target", args.split, tgt_dir, size, **optional)
     source = source_classes(src, metadata, folder_of(src, args.src_dir, "src_dir"))
     G, _ = load_generator(
         path,
@@ -400,7 +347,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     join_processes(device)
     G = place(G, device)
-    to_source_ids, _, _ = data.shared_classes(source, target)
+    unlabelled_ids = np.full(256, IGNORE, np.uint8)
+    to_source_ids = data.shared_classes(source, target)[0] if target.has_labels else unlabelled_ids
     save = args.save_predictions and save_labels(args.save_predictions, target, source.classes)
     amp = uses_bfloat16(settings.get("amp", "off"), device)  # as in training
     workers = count_workers(args.workers, drawn=target.name == "streets")
@@ -410,6 +358,17 @@ def evaluate_main(args: argparse.Namespace) -> None:
     leave_processes()
     if rank > 0:  # only the first process prints and writes
         return
+    if not confusion.any() and save:  # the test split of Cityscapes has labels without classes
+        console.print(
+            f"no score: {tgt} {args.split} has no labelled pixel; {len(target)} predictions in "
+            f"{args.save_predictions}",
+            soft_wrap=True,
+        )
+        return
+    if not target.has_labels:
+        raise ValueError(
+            f"{tgt} {args.split} has no labels to score with: add them, or give --save-predictions"
+        )
     result = report(confusion, source, target)
 
     out = args.run if args.run.is_dir() else args.run.parent
@@ -445,41 +404,6 @@ def source_classes(src: str, metadata: dict, folder: Path | None) -> data.DataSe
     return data.DataSet(src, classes, labelled, (0, 0), (0, 0), ())
 
 
-def predict_main(args: argparse.Namespace) -> None:
-    console = Console()
-    path = newest_checkpoint(args.run)
-    G, metadata = load_generator(
-        path, backbone=args.backbone, lineage=args.lineage, say=console.print
-    )
-    classes = metadata.get("classes", CLASSES)
-    device = find_device(args.device)
-    G = place(G, device)
-    paths = sorted(p for p in args.images.rglob("*") if p.suffix.lower() in data.SUFFIXES)
-    if not paths:
-        raise ValueError(f"no png, jpg or jpeg in {args.images}: name a folder of photographs")
-    short = args.short_side or min(metadata.get("tgt_size", (512,)))
-    names = [p.with_suffix("") for p in paths]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} exists with two endings but would get one mask: rename one")
-    if args.short_side is not None and args.short_side < 32:
-        raise ValueError(f"--short-side {args.short_side} is too small: give at least 32")
-    for file in track(paths, "predicting", console=console):
-        image = data.read_image(file)
-        scale = short / min(image.shape[:2])
-        size = tuple(max(32, round(s * scale)) for s in image.shape[:2])
-        small = torch.from_numpy(np.array(data.resize(image, size)))
-        found = predict(G, small.permute(2, 0, 1)[None].to(device), [image.shape[:2]])
-        pred = found[0].cpu().numpy()
-        target = args.out / file.relative_to(args.images).with_suffix("")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        mask = Image.fromarray(pred)
-        mask.putpalette(palette_of(classes).flatten().tolist())
-        mask.save(f"{target}_mask.png")
-        Image.fromarray(overlay(image, pred, classes)).save(f"{target}_overlay.png")
-    console.print(f"{len(paths)} masks and overlays in {args.out}")
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description="Score a run, or `predict` on photographs.")
     top.add_argument("run", type=Path, help="a run folder or a file of weights")
@@ -493,9 +417,7 @@ def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     command = parser()
     if argv[:1] == ["predict"]:
-        command.add_argument("--images", type=Path, required=True, help="a folder of photographs")
-        command.add_argument("--out", type=Path, required=True, help="where masks and overlays go")
-        command.add_argument("--short-side", type=int, help="short side of the input [the run's]")
+        add_flags(command)
         run, args = predict_main, command.parse_args(argv[1:])
     else:
         names = tuple(data.DATASETS)

@@ -24,6 +24,7 @@ from classes import INFREQUENT, palette_of
 from devices import find_device
 from methods import METHODS
 from models import Discriminator, Generator
+from predictions import ensemble_and_m
 from runs import (
     INTERVALS,
     Study,
@@ -384,9 +385,7 @@ def weightmap(study: Study) -> None:
     left = {"target image": image.permute(1, 2, 0), "truth": palette[to_source_ids[label.numpy()]]}
     for row, (name, pixels), path in zip(axes, left.items(), (start, last), strict=True):
         step = read_metadata(path)["step"]
-        p, m = evaluation.ensemble_and_m(
-            load(path, torch.device("cpu")), image, tuple(image.shape[-2:])
-        )
+        p, m = ensemble_and_m(load(path, torch.device("cpu")), image, tuple(image.shape[-2:]))
         with torch.no_grad():
             answer = clan.domain_logits(D, p[None])[0, 0].sigmoid()
         row[0].imshow(pixels)

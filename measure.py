@@ -42,6 +42,7 @@ from models import (
     residual_blocks,
     set_batchnorm,
 )
+from predictions import predict
 
 REPEATS = 24  # timed steps or images, at least
 PAPER_SIZES = (720, 1280, 512, 1024)  # H W of whole images of GTA5, and of the target
@@ -493,7 +494,7 @@ def scoring_times(device: torch.device, repeats: int, count: int) -> dict[str, A
     G = Logits(logits)
 
     def ours(total):
-        pred = evaluation.predict(G, torch.zeros(1, 3, 8, 8, device=device), [size])[0]
+        pred = predict(G, torch.zeros(1, 3, 8, 8, device=device), [size])[0]
         return evaluation.confusion_matrix(pred, on_device[ids.to(device).int()], 19, total=total)
 
     def numpy_way(total):

@@ -54,6 +54,7 @@ from figures import (
 )
 from methods import METHODS
 from models import Generator
+from predictions import ensemble_and_m
 from runlog import Stopped
 from runs import (
     INTERVALS,
@@ -185,7 +186,7 @@ def m_and_errors(
     parts = []
     for i, image, label in evaluation.spread_images(val, count):
         ids = torch.from_numpy(to_source_ids[label.numpy()])
-        p, m = evaluation.ensemble_and_m(G, image, ids.shape)
+        p, m = ensemble_and_m(G, image, ids.shape)
         confidence, pred = p.max(dim=0)
         seen = (ids < G.num_classes).flatten().nonzero()[:, 0].numpy()
         picks = np.random.default_rng(i).permutation(seen)[:most]

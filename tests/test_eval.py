@@ -34,6 +34,7 @@ import checkpoints
 import data
 import eval as evaluation
 import models
+import predictions
 from classes import (
     CLASSES,
     LABEL_IDS,
@@ -87,8 +88,10 @@ def test_eval_mean_leaves_an_absent_class_out_and_counts_a_missed_one():
     matrix = torch.tensor([[3, 1, 0, 0], [2, 4, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
     result = evaluation.scores(matrix, ("a", "b", "c", "d"), ("a", "b", "c", "d"))
     assert result["miou"] == pytest.approx(1 / 3) and result["iou"]["c"] is None
-    two = evaluation.scores(matrix, ("a", "b", "c", "d"), ("b", "c"))
-    assert two["miou"] == pytest.approx(4 / 7) and set(two["iou"]) == {"b", "c"}
+    three = evaluation.scores(matrix, ("a", "b", "c", "d"), ("b", "c", "d"))
+    assert three["miou"] == pytest.approx(2 / 7) and set(three["iou"]) == {"b", "c", "d"}
+    one = evaluation.scores(matrix, ("a", "b", "c", "d"), ("b", "c"))
+    assert one["only_class"] == "b" and "miou" not in one
 
 
 def test_eval_of_a_perfect_prediction_is_one_and_of_a_shifted_one_is_zero():
@@ -177,7 +180,7 @@ class Ramp(nn.Module):
 def test_eval_predict_upsamples_the_sum_of_the_logits_with_aligned_corners(where):
     """A linear ramp stays exactly linear, so the border is found to the pixel."""
     images = torch.zeros(2, 3, 32, 64, dtype=torch.uint8)
-    one, two = evaluation.predict(Ramp(where), images, [(100, 201), (57, 333)])
+    one, two = predictions.predict(Ramp(where), images, [(100, 201), (57, 333)])
     for pred, size in ((one, (100, 201)), (two, (57, 333))):
         assert pred.shape == size and pred.dtype == torch.uint8
         expected = torch.linspace(0, 1, size[1]) > where
@@ -207,7 +210,7 @@ def test_eval_leaves_the_network_in_evaluation_mode_and_unchanged():
     G = models.Generator("tiny")
     before = tensors_of(G)
     G.train()
-    evaluation.predict(G, torch.zeros(1, 3, 32, 64, dtype=torch.uint8), [(32, 64)])
+    predictions.predict(G, torch.zeros(1, 3, 32, 64, dtype=torch.uint8), [(32, 64)])
     assert not G.training
     assert_equal(tensors_of(G), before)
 
@@ -335,6 +338,136 @@ def test_eval_predicts_on_photographs_of_odd_sizes(tmp_path):
         assert Image.open(tmp_path / "out" / f"{stem}_overlay.png").size == (width, height)
         assert np.asarray(mask).max() < 19
         assert mask.getpalette()[:57] == PALETTE.flatten().tolist()
+
+
+def predicted(tmp_path, name: str, *flags: str) -> Path:
+    """The folder that `eval.py predict` writes to, of tiny with random weights."""
+    run = tmp_path / "run.safetensors"
+    if not run.exists():
+        torch.manual_seed(0)
+        save_file(tensors_of(models.Generator("tiny", head_std=0.5)), run)
+    out = tmp_path / name
+    photos = tmp_path / "photos"
+    if not photos.exists():
+        write_png(photos / "a.png", striped((64, 96), range(19))[0])
+        write_png(photos / "b.png", striped((150, 200), range(19), seed=1)[0])
+    images = [] if "--images" in flags else ["--images", str(photos)]
+    flags = (*images, *flags, "--backbone", "tiny", "--out", str(out), "--device", "cpu")
+    evaluation.main(["predict", str(run), *flags])
+    return out
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_eval_predict_writes_pseudo_labels_and_maps(tmp_path, capsys):
+    plain = predicted(tmp_path, "plain", "--short-side", "64")
+    raw = predicted(tmp_path, "raw", "--short-side", "64", "--raw", "--maps")
+    sure = predicted(
+        tmp_path, "sure", "--short-side", "64", "--raw", "--maps", "--confidence", ".3"
+    )
+    shown = capsys.readouterr().out
+    names = {"a_trainIds.png", "a_confidence.png", "a_m.png"}
+    assert {p.name for p in raw.iterdir()} == names | {n.replace("a_", "b_") for n in names}
+    for name, size in (("a", (64, 96)), ("b", (150, 200))):
+        mask = read(raw / f"{name}_trainIds.png")
+        assert Image.open(raw / f"{name}_trainIds.png").mode == "L" and mask.shape == size
+        assert (mask == read(plain / f"{name}_mask.png")).mean() > 0.999
+        confidence = read(raw / f"{name}_confidence.png") / 255
+        kept = read(sure / f"{name}_trainIds.png")
+        assert (kept[confidence < 0.295] == 255).all() and (kept[confidence > 0.305] != 255).all()
+        assert (kept[kept != 255] == mask[kept != 255]).all() and confidence.min() >= 1 / 19 - 0.01
+        assert read(raw / f"{name}_m.png").max() > 0
+    assert "% of the pixels are below the confidence" in shown
+
+
+def test_eval_predict_takes_one_photograph(tmp_path):
+    predicted(tmp_path, "all", "--short-side", "64")
+    one = tmp_path / "photos" / "b.png"
+    out = predicted(tmp_path, "one", "--short-side", "64", "--images", str(one))
+    assert {p.name for p in out.iterdir()} == {"b_mask.png", "b_overlay.png"}
+    assert (read(out / "b_mask.png") == read(tmp_path / "all" / "b_mask.png")).all()
+
+
+def test_eval_windows_cover_an_image_with_overlap():
+    for length, window in ((100, 100), (50, 64), (101, 100), (200, 64), (1024, 100)):
+        starts = predictions.window_starts(length, window)
+        covered = np.zeros(length, int)
+        for start in starts:
+            covered[start : start + window] += 1
+        assert covered.min() >= 1 and starts[0] == 0
+        assert starts[-1] == max(0, length - window)
+        steps = np.diff(starts)
+        assert len(steps) == 0 or steps.max() <= window * 2 / 3 + 1
+
+
+def test_eval_a_window_that_holds_the_image_gives_the_whole(tmp_path):
+    """And smaller ones give the mean of what each of them says."""
+    torch.manual_seed(0)
+    G = models.Generator("tiny", head_std=0.5)
+    image = torch.from_numpy(striped((64, 160), range(19))[0]).permute(2, 0, 1)
+    whole = predictions.ensemble_and_m(G, image, (64, 160))
+    for one, other in zip(whole, predictions.by_windows(G, image, (64, 160)), strict=True):
+        assert torch.equal(one, other)
+    starts = predictions.window_starts(160, 64)
+    assert len(starts) == 4
+    parts = [predictions.ensemble_and_m(G, image[..., x : x + 64], (64, 64)) for x in starts]
+    p, m = predictions.by_windows(G, image, (64, 64))
+    assert torch.equal(p[..., :32], parts[0][0][..., :32])  # only the first window is there
+    both = (parts[0][0][..., 40] + parts[1][0][..., 40 - starts[1]]) / 2
+    assert torch.allclose(p[..., 40], both) and torch.allclose(p.sum(dim=0), torch.ones(64, 160))
+    assert m.shape == (64, 160)
+    photo = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    fits = predictions.look_at(G, photo, (64, 160), (64, 160), maps=True)
+    assert (fits.classes == whole[0].argmax(dim=0).numpy()).all()
+    by_parts = predictions.look_at(G, photo, (64, 160), (64, 64), maps=False)
+    assert (by_parts.classes == p.argmax(dim=0).numpy()).all() and by_parts.m is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    (
+        ("--confidence 1.5", "--confidence 1.5 must lie in"),
+        ("--window 8 64", "--window 8 64: give at least 32 32"),
+        ("--short-side 8", "--short-side 8 is too small"),
+    ),
+)
+def test_eval_predict_refuses_flags_that_make_no_sense(tmp_path, flags, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        predicted(tmp_path, "out", *flags.split())
+
+
+@pytest.mark.parametrize("labels", ("none", "dummy"))
+def test_eval_writes_the_test_servers_files_without_a_score(tmp_path, capsys, labels):
+    """Cityscapes' test split comes without labels, or with dummies that hold no class."""
+    path = tmp_path / "bare.safetensors"
+    save_file(tensors_of(models.Generator("tiny")), path)
+    root = make_cityscapes(tmp_path / "Cityscapes", splits=("test",), size=(64, 128))
+    truths = sorted((root / "gtFine").rglob("*_labelIds.png"))
+    for truth in truths:
+        write_png(truth, np.full((64, 128), 3, np.uint8))  # out of roi
+    scorer = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    flags = ["--backbone", "tiny", "--src", "gta5", "--tgt", "cityscapes", "--split", "test"]
+    flags += ["--data", str(tmp_path), "--tgt-size", "32", "64", "--device", "cpu"]
+    names = [truth.name for truth in truths]
+    if labels == "none":
+        for truth in truths:
+            truth.unlink()
+    evaluation.main([str(path), *flags, "--save-predictions", str(tmp_path / "pred")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no score: cityscapes test has no labelled pixel; 3 predictions in" in shown
+    scorer.args.predictionPath, scorer.args.predictionWalk = str(tmp_path / "pred"), None
+    for name in names:
+        found = scorer.getPrediction(scorer.args, str(root / "gtFine" / "test" / "ulm" / name))
+        assert Path(found).name == name.replace("_gtFine_labelIds", "_leftImg8bit").replace(
+            "_leftImg8bit.png", "_pred_labelIds.png"
+        )
+        assert read(Path(found)).shape == (64, 128)
+        assert set(np.unique(read(Path(found)))) <= set(LABEL_IDS.tolist())
+    assert not (tmp_path / "eval.json").exists()
+    with pytest.raises(SystemExit, match=r"no labels to score with|no labelled pixel"):
+        evaluation.main([str(path), *flags])
 
 
 def test_eval_predict_without_photographs_ends_with_one_sentence(tmp_path):

@@ -29,19 +29,9 @@ from weights import load_generator
 
 # A file imports only files that stand before it.
 ORDER = (
-    *(
-        "losses",
-        "clan",
-        "methods",
-        "classes",
-        "streets",
-        "folders",
-        "data",
-        "checkpoints",
-        "models",
-    ),
-    *("weights", "devices", "compilation", "settings", "runlog", "eval", "train", "runs"),
-    *("figures", "tuning", "control", "study", "measure", "gpu", "bench"),
+    *("losses", "clan", "methods", "classes", "streets", "folders", "data", "checkpoints"),
+    *("models", "weights", "devices", "compilation", "settings", "runlog", "predictions"),
+    *("eval", "train", "runs", "figures", "tuning", "control", "study", "measure", "gpu", "bench"),
 )
 
 
