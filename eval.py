@@ -38,6 +38,7 @@ from devices import (
     share_buffers,
     uses_bfloat16,
 )
+from export import export_main
 from folders import read_classes
 from methods import METHODS
 from models import Generator
@@ -405,7 +406,7 @@ def source_classes(src: str, metadata: dict, folder: Path | None) -> data.DataSe
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description="Score a run, or `predict` on photographs.")
+    top = argparse.ArgumentParser(description="Score a run, `predict`, or `export` it.")
     top.add_argument("run", type=Path, help="a run folder or a file of weights")
     top.add_argument("--backbone", default="r101", help="for weights that do not name theirs")
     top.add_argument("--lineage", help="for weights that do not name theirs")
@@ -419,6 +420,9 @@ def main(argv=None) -> None:
     if argv[:1] == ["predict"]:
         add_flags(command)
         run, args = predict_main, command.parse_args(argv[1:])
+    elif argv[:1] == ["export"]:
+        command.add_argument("--out", type=Path, required=True, help="model.pt2 or model.onnx")
+        run, args = export_main, command.parse_args(argv[1:])
     else:
         names = tuple(data.DATASETS)
         command.add_argument("--src", choices=names, help="source, whose classes G has [the run's]")

@@ -8,7 +8,7 @@ python eval.py predict runs/RUN --images photos --out masks --window 512 1024
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ import data
 from checkpoints import newest_checkpoint
 from classes import CLASSES, IGNORE, palette_of
 from devices import find_device, place
+from export import KINDS, load_exported
 from losses import discrepancy_map
 from models import Generator
 from weights import load_generator
@@ -206,12 +207,16 @@ def predict_main(args: argparse.Namespace) -> None:
     """Masks of photographs that need no labels."""
     console = Console()
     check_flags(args)
-    path = newest_checkpoint(args.run)
-    G, metadata = load_generator(
-        path, backbone=args.backbone, lineage=args.lineage, say=console.print
-    )
+    G: Any
+    if args.run.suffix in KINDS:
+        if args.maps:
+            raise ValueError(f"{args.run} has no second head, so it has no M: drop --maps")
+        G, metadata = load_exported(args.run)
+    else:
+        how = {"backbone": args.backbone, "lineage": args.lineage, "say": console.print}
+        G, metadata = load_generator(newest_checkpoint(args.run), **how)
+        G = place(G, find_device(args.device))
     classes = metadata.get("classes", CLASSES)
-    G = place(G, find_device(args.device))
     paths = photographs_in(args.images)
     root = args.images.parent if args.images.is_file() else args.images
     short_side = args.short_side or (None if args.window else min(metadata.get("tgt_size", (512,))))

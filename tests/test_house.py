@@ -30,8 +30,9 @@ from weights import load_generator
 # A file imports only files that stand before it.
 ORDER = (
     *("losses", "clan", "methods", "classes", "streets", "folders", "data", "checkpoints"),
-    *("models", "weights", "devices", "compilation", "settings", "runlog", "predictions"),
-    *("eval", "train", "runs", "figures", "tuning", "control", "study", "measure", "gpu", "bench"),
+    *("models", "weights", "devices", "compilation", "settings", "runlog", "export"),
+    *("predictions", "eval", "train", "runs", "figures", "tuning", "control", "study"),
+    *("measure", "gpu", "bench"),
 )
 
 
