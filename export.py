@@ -79,17 +79,19 @@ def exported(network: Ensemble) -> torch.export.ExportedProgram:
     return torch.export.export(network, (images,), dynamic_shapes={"images": sides})
 
 
+def unreadable(path: Path, error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0][:120]
+    return f"{path} cannot be read ({first}): export it again with eval.py export"
+
+
 def read_pt2(path: Path) -> tuple[Run, dict[str, str]]:
     """(network, what it says of itself). Raises ValueError for a file of another kind."""
     extra = {"said.json": ""}
     try:
         network: Any = torch.export.load(path, extra_files=extra).module()
         said = json.loads(extra["said.json"])
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        first = str(error).splitlines()[0][:120]
-        raise ValueError(
-            f"{path} cannot be read ({first}): export it again with eval.py export"
-        ) from error
+    except Exception as error:  # on damaged bytes the reader raises nearly anything
+        raise ValueError(unreadable(path, error)) from error
 
     def run(images: Tensor) -> Tensor:
         return network(images)
@@ -116,7 +118,10 @@ def as_onnx(network: Ensemble, path: Path, said: dict[str, str]) -> None:
 
 def read_onnx(path: Path) -> tuple[Run, dict[str, str]]:
     onnxruntime: Any = importlib.import_module("onnxruntime")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no class in common
+        raise ValueError(unreadable(path, error)) from error
     said = session.get_modelmeta().custom_metadata_map
 
     def run(images: Tensor) -> Tensor:

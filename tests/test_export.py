@@ -117,8 +117,7 @@ def test_export_predict_runs_the_file(kind, tmp_path):
     assert (masks[0] == masks[1]).mean() > 0.999
     with pytest.raises(SystemExit, match="has no M: drop --maps"):
         evaluation.main(["predict", str(out), *flags, "--maps"])
-    damaged = tmp_path / "damaged.pt2"
+    damaged = tmp_path / f"damaged{kind}"
     damaged.write_bytes(out.read_bytes()[:2000])
-    if kind == ".pt2":
-        with pytest.raises(SystemExit, match=r"damaged.pt2 cannot be read"):
-            evaluation.main(["predict", str(damaged), *flags])
+    with pytest.raises(SystemExit, match=rf"damaged{kind} cannot be read"):
+        evaluation.main(["predict", str(damaged), *flags])
