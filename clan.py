@@ -36,11 +36,13 @@ class Hyper:
     Where the paper is silent, the comment says whose choice the default is.
     """
 
+    # Method and steps.
     method: str = "clan"  # source (Eq. 3), tan (Eq. 3 and 2), clan (Eq. 6); methods.py lists all
     steps: int = 100_000  # iterations
     batch: int = 1  # images of each domain per step
     adv_start: int = 0  # first step with adversarial terms; earlier steps learn only the source
 
+    # Losses of G, Eq. 3 to 6.
     seg_heads: Literal["ensemble", "each"] = "ensemble"  # Eq. 3 of summed logits | a loss per head
     head_std: float = 0.01  # deviation of the heads' initial filters (paper: not said; code: 0.01)
     gamma: float = 0.0  # focal exponent of Eq. 3 (0: cross-entropy)
@@ -57,12 +59,14 @@ class Hyper:
     damping: bool = False  # scale Eq. 4 and 5 in G's loss by (1 - step / steps)
     minimax: bool = False  # G ascends Eq. 5 as printed; else it descends -log D(target), as TAN
 
+    # Rates of G.
     lr_g: float = 2.5e-4  # SGD, initial rate
     momentum: float = 0.9  # SGD
     weight_decay_g: float = 5e-4  # SGD, biases too
     head_lr: float = 10.0  # rate of the heads divided by that of E (paper: not said; DeepLab: 10)
     power: float = 0.9  # exponent of the poly schedule
     warmup: float = 0.0  # share of the steps in which the rates rise linearly
+    # D and its rates.
     d_channels: int = 64  # channels of D's first convolution
     d_strides: tuple[int, ...] = (2, 2, 2, 2, 2)  # of D's five convolutions: 2 (4x4) or 1 (3x3)
     lr_d: float = 5e-5  # Adam, initial rate
@@ -71,6 +75,7 @@ class Hyper:
     beta2_d: float = 0.99  # Adam
     weight_decay_d: float = 5e-4  # Adam
 
+    # BatchNorm and images.
     batchnorm: Statistics = "batch"  # normalise by the batch: always | before adv_start | never
     bn_affine: bool = False  # train BatchNorm's scale and shift (paper: not said; the code: no)
     crop: bool = True  # train on random crops of the data set's crop size, not on whole images

@@ -10,6 +10,7 @@ backbone, and these over the recipe.
 import argparse
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -34,6 +35,7 @@ Flags = dict[str, Any]  # the flags that were given, by field
 class Settings:
     """What a run is, apart from the algorithm (clan.Hyper)."""
 
+    # Data.
     src: str = "streets"  # labelled source
     tgt: str = "auto"  # unlabelled target; auto: streets for streets, else cityscapes
     data: Path = Path("data")  # folder that holds GTA5/, SYNTHIA/RAND_CITYSCAPES/, Cityscapes/
@@ -41,15 +43,28 @@ class Settings:
     tgt_dir: Path | None = None  # the target's own folder
     src_size: tuple[int, int] | None = None  # H W of the resized source; default: the data set's
     tgt_size: tuple[int, int] | None = None  # H W of the resized target; default: the data set's
-    backbone: str = "auto"  # auto: tiny for streets to streets, else r101
-    lineage: str | None = None  # whose first weights: caffe or torchvision; default: by --init
-    init: str = "auto"  # first weights of G: a file, imagenet or none; auto: imagenet if any
+    split: Literal["val", "dev"] = "val"  # of the target to score on; dev: to choose settings by
+
+    # The embedded streets.
+    shift: tuple[float, float] = (0.5, 0.5)  # how streets' city differs from its game: look, layout
     looks: Looks = "game"  # of streets as a source; mixed: each its own; city: for a bound
     scenes: int = 0  # which streets: each number draws all of them anew
-    shift: tuple[float, float] = (0.5, 0.5)  # how streets' city differs from its game: look, layout
+
+    # The network and its first weights.
+    backbone: str = "auto"  # auto: tiny for streets to streets, else r101
+    init: str = "auto"  # first weights of G: a file, imagenet or none; auto: imagenet if any
+    lineage: str | None = None  # whose first weights: caffe or torchvision; default: by --init
+
+    # The run, and what it writes.
     recipe: Literal["paper", "released"] = "paper"  # the numbers of the PDF or of the authors' code
     seed: int = 0  # for the initial weights, the order of the samples and their augmentation
     out: Path | None = None  # run folder; default: runs/SRC-TGT-BACKBONE-METHOD-seedN
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between scores on the target, from adv_start on; 0: at the end
+    save_every: int = 1000  # steps between checkpoints
+    keep: int = 3  # how many checkpoints to keep
+
+    # Speed and memory.
     device: str = "auto"  # cpu, cuda, cuda:1; auto: the GPU if there is one
     amp: Literal["auto", "off", "bf16"] = "auto"  # bfloat16 where it is safe; auto: on CUDA
     compile: Compile = "auto"  # steps, or E's blocks, once checked; auto: long runs on CUDA
@@ -57,11 +72,6 @@ class Settings:
     merge_heads: bool = False  # one convolution a dilation for both heads; for CUDA, not measured
     recompute: bool = False  # compute E's blocks again in the backward pass: less memory, slower
     workers: int = -1  # processes that read images; -1: one a core, at most 8; none for streets
-    log_every: int = 50  # steps between lines of metrics.jsonl
-    split: Literal["val", "dev"] = "val"  # of the target to score on; dev: to choose settings by
-    eval_every: int = 0  # steps between scores on the target, from adv_start on; 0: at the end
-    save_every: int = 1000  # steps between checkpoints
-    keep: int = 3  # how many checkpoints to keep
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -192,18 +202,47 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def groups(cls: type) -> dict[str, str]:
+    """The group of each field: the comment line above the first of them."""
+    found, title = {}, cls.__name__
+    for line in inspect.getsource(cls).splitlines():
+        heading = re.fullmatch(r"    # (.*)\.", line)
+        field = re.match(r"    (\w+): .*?  # ", line)
+        title = heading[1] if heading else title
+        if field:
+            found[field[1]] = title
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it after its flag."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(map(shown, value))
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def add_flags(
     parser: argparse.ArgumentParser,
     cls: type,
+    values: dict[str, Any],
     title: str | None = None,
     without: Collection[str] = (),
 ) -> None:
-    """A flag for each field. The parsed arguments hold only the flags that were given."""
-    group, help_of = parser.add_argument_group(title or cls.__name__), comments(cls)
+    """A flag for each field, in the groups of the dataclass; `values` are shown as defaults.
+
+    The parsed arguments hold only the flags that were given.
+    """
+    help_of, group_of = comments(cls), groups(cls)
+    in_group: dict[str, Any] = {}
     hints, of_tables = typing.get_type_hints(cls), choices()
     for field in fields(cls):
         if field.name in without:
             continue
+        name = title or group_of[field.name]
+        if name not in in_group:
+            in_group[name] = parser.add_argument_group(name)
         kind = hints[field.name]
         options: dict[str, Any]
         if isinstance(kind, types.UnionType):  # X | None
@@ -216,27 +255,50 @@ def add_flags(
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is tuple:
             inner = typing.get_args(kind)
-            options = {"type": inner[0], "nargs": "+" if inner[1] is ... else len(inner)}
+            many = inner[1] is ...
+            pair = ("H", "W") if inner[0] is int else ("LOOK", "LAYOUT")
+            options = {"type": inner[0], "nargs": "+" if many else len(inner)}
+            options["metavar"] = "N" if many else pair
         else:
-            options = {"type": kind}
-        text = f"{help_of[field.name]} [{field.default}]".replace("%", "%%")
-        group.add_argument(flag_of(field.name), help=text, default=argparse.SUPPRESS, **options)
+            metavars: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+            options = {"type": kind, "metavar": metavars.get(kind, "NAME")}
+        text = f"{help_of[field.name]} [{shown(values[field.name])}]".replace("%", "%%")
+        flag, suppressed = flag_of(field.name), argparse.SUPPRESS
+        in_group[name].add_argument(flag, help=text, default=suppressed, **options)
 
 
-def add_run_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """All flags that describe a run. Those that only one method has stand under its name."""
+def add_run_flags(
+    parser: argparse.ArgumentParser,
+    without: Collection[str] = (),
+    flags: Flags | None = None,
+) -> None:
+    """All flags that describe a run. Those that only one method has stand under its name.
+
+    flags: those that are given. The help shows the defaults that follow from them.
+    """
+    settings, hyper = configure(flags or {})
+    values = vars(settings) | vars(hyper)
     for cls in (Settings, clan.Hyper):
-        add_flags(parser, cls, without=without)
-    shown = {field.name for field in fields(clan.Hyper)}
+        add_flags(parser, cls, values, without=without)
+    known = {field.name for field in fields(clan.Hyper)}
     for name, method in METHODS.items():
         if own_fields(name):
-            add_flags(parser, method.numbers, f"--method {name}", without={*shown, *without})
-            shown |= own_fields(name)
+            defaults_of = {field.name: field.default for field in fields(method.numbers)} | values
+            skip = {*known, *without}
+            add_flags(parser, method.numbers, defaults_of, f"--method {name}", without=skip)
+            known |= own_fields(name)
 
 
-def parse(argv: list[str] | None, description: str = "") -> tuple[Flags, Path | None]:
-    """The flags that were given, by field name, and what to resume from."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+def run_parser(description: str, flags: Flags | None = None) -> argparse.ArgumentParser:
+    """The flags of train.py. description: a line, and more after a blank line for the end."""
+    first, _, rest = description.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        usage="python train.py [flags]",
+        description=first,
+        epilog=rest,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -244,10 +306,34 @@ def parse(argv: list[str] | None, description: str = "") -> tuple[Flags, Path | 
         type=Path,
         help="go on from a run folder or a checkpoint; without a value: from the newest of --out",
     )
-    add_run_flags(parser)
-    flags = vars(parser.parse_args(argv))
-    resume = flags.pop("resume")
+    add_run_flags(parser, flags=flags)
+    return parser
+
+
+def flags_in(arguments: argparse.Namespace) -> tuple[Flags, Path | None]:
+    flags = vars(arguments)
+    resume = flags.pop("resume", None)
     return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}, resume
+
+
+def parse(argv: list[str] | None, description: str = "") -> tuple[Flags, Path | None]:
+    """The flags that were given, by field name, and what to resume from.
+
+    With --help it prints what follows from the other flags, and ends.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = run_parser(description)
+    asked = [word for word in argv if word in ("-h", "--help")]
+    if asked:
+        rest = [word for word in argv if word not in asked]
+        try:
+            flags, _ = flags_in(parser.parse_args(rest))
+            parser = run_parser(description, flags)
+        except ValueError as error:
+            parser.error(str(error))
+        parser.print_help()
+        sys.exit(0)
+    return flags_in(parser.parse_args(argv))
 
 
 def refuse_unused_flags(flags: Flags) -> None:

@@ -504,7 +504,7 @@ LESS_MEMORY = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags, resume = parse(argv, (__doc__ or "").split("\n")[0])
+    flags, resume = parse(argv, __doc__ or "")
     place = devices.launch()
     console = Console(quiet=place.rank > 0)
     try:

@@ -59,7 +59,7 @@ import runlog
 import train
 from clan import PAPER, Batch, Hyper
 from classes import CLASSES, LABEL_IDS
-from settings import Settings, comments, configure
+from settings import Settings, comments, configure, groups
 from weights import load_generator, load_weights
 
 SOURCE = "--src-size 32 64 --tgt-size 32 64 --steps 8 --batch 2 --method source --device cpu"
@@ -474,6 +474,30 @@ def test_train_every_flag_has_a_help_and_every_setting_a_flag(capsys):
         for field in fields(cls):
             assert f"--{field.name.replace('_', '-')}" in out
             assert helps[field.name].strip() and helps[field.name].split()[0] in out
+
+
+def help_of(capsys, *flags: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        train.main([*flags, "--help"])
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_train_help_shows_the_defaults_of_the_run_that_is_asked_for(capsys):
+    first, paper = help_of(capsys), help_of(capsys, "--src", "gta5", "--backbone", "r101")
+    _, hyper = configure({})
+    assert f"iterations [{hyper.steps}]" in first and "iterations [100000]" in paper
+    assert "[runs/streets-streets-tiny-clan-seed0]" in first
+    assert "[runs/gta5-cityscapes-r101-clan-seed0]" in paper
+    tan = help_of(capsys, "--method", "tan", "--lambda-adv", "0.125")
+    assert "weight of Eq. 5 in Eq. 6 [0.125]" in tan
+    for text in (first, paper, tan):
+        assert text.startswith("usage: python train.py [flags] Training")
+        titles = [text.index(f"{title}:") for title in dict.fromkeys(groups(Settings).values())]
+        assert titles == sorted(titles) and "python train.py --resume runs/RUN" in text[-500:]
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--shift", "2", "2", "--help"])
+    assert caught.value.code == 2 and "--shift 2.0 2.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
