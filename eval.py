@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 import data
@@ -43,6 +44,7 @@ from folders import read_classes
 from methods import METHODS
 from models import Generator
 from predictions import add_flags, ensemble_and_m, predict, predict_main
+from runlog import progress_bar, tracked
 from weights import load_generator
 
 
@@ -112,6 +114,7 @@ def evaluate(
     amp: bool = False,
     workers: int = 0,
     save: Callable[[int, np.ndarray], None] | None = None,
+    bar: Progress | None = None,
 ) -> torch.Tensor:
     """The confusion matrix (C x C, on the CPU) of G over a split.
 
@@ -131,7 +134,7 @@ def evaluate(
         worker_init_fn=data.ignore_signals,
         generator=torch.Generator(),  # not torch's own, which training draws from
     )
-    for pairs in data.checked(loader):
+    for pairs in tracked(data.checked(loader), bar, "scoring", len(dataset) // world):
         indices, images, labels = zip(*pairs, strict=True)
         sizes = [label.shape for label in labels]
         found = predict(G, torch.stack(images).to(device), sizes, amp)
@@ -182,11 +185,13 @@ def score(
     device: torch.device,
     amp: bool = False,
     workers: int = 0,
+    bar: Progress | None = None,
 ) -> dict:
     """IoU of G on a split of the target, by the classes that it shares with the source."""
     share_buffers(G)
     to_source_ids, _, _ = data.shared_classes(source, target)
-    confusion = evaluate(G, target, to_source_ids, device=device, amp=amp, workers=workers)
+    how: Any = {"device": device, "amp": amp, "workers": workers, "bar": bar}
+    confusion = evaluate(G, target, to_source_ids, **how)
     return report(confusion, source, target)
 
 
@@ -354,7 +359,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
     amp = uses_bfloat16(settings.get("amp", "off"), device)  # as in training
     workers = count_workers(args.workers, drawn=target.name == "streets")
     how = {"device": device, "amp": amp, "workers": workers, "save": save}
-    confusion = evaluate(G, target, to_source_ids, **how)
+    with progress_bar(console) as bar:
+        confusion = evaluate(G, target, to_source_ids, **how, bar=bar)
     rank, _ = ranks()
     leave_processes()
     if rank > 0:  # only the first process prints and writes

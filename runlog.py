@@ -15,21 +15,24 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor
 
 from checkpoints import saved, to_disk
 from clan import Hyper, Terms
+from methods import METHODS, uses_target
 
 # Warn if D's mean probability of "source" is above SURE or below 1 - SURE for STUCK steps.
 SURE, STUCK = 0.999, 200
+TIMED = 20  # steps from which the time of all is estimated
 AHEAD = 8  # steps whose terms may still be under way: the device is at most so far behind the host
 D_WON = "try a smaller --lr-d, or a larger --lambda-adv"
 D_LOST = "try a smaller --lr-d, or a smaller --lambda-adv"
@@ -40,6 +43,41 @@ def last_answers(path: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     found = [line for line in lines if "d_source" in line][-1:]
     return {key: line[key] for line in found for key in ("d_source", "d_target")}
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with the time left and a line of text (the field `terms`), in a terminal alone."""
+    line = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    return Progress(
+        *("{task.description}", BarColumn(bar_width=20), "{task.completed}/{task.total}"),
+        *(TimeRemainingColumn(), TextColumn("{task.fields[terms]}", table_column=line)),
+        console=console,
+        disable=not console.is_terminal,
+        expand=True,
+    )
+
+
+T = TypeVar("T")
+
+
+def tracked(items: Iterable[T], bar: Progress | None, title: str, total: int) -> Iterator[T]:
+    """The items, each a part of `total` images; a bar that is shown shows how many are done."""
+    if bar is None:
+        yield from items
+        return
+    task = bar.add_task(title, total=total, terms="")
+    for item in items:
+        yield item
+        bar.advance(task, len(item) if isinstance(item, list) else 1)
+    bar.remove_task(task)
+
+
+def duration(seconds: float) -> str:
+    """'2 h 5 min', '3 min', '40 s'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Log:
@@ -57,12 +95,8 @@ class Log:
         self.pending: deque[tuple[int, list[str], Tensor, Any]] = deque()
         self.images, self.since = 0, time.monotonic()
         self.stuck: dict[str, int] = {}
-        self.bar = Progress(
-            *("{task.description}", BarColumn(), "{task.completed}/{task.total}"),
-            *(TimeRemainingColumn(), "{task.fields[terms]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bar = progress_bar(console)
+        self.timed: dict[bool, tuple[int, float]] = {}  # by kind of step: the first, and its time
         self.task = self.bar.add_task("steps", total=hyper.steps, completed=start, terms="")
 
     @staticmethod
@@ -89,7 +123,27 @@ class Log:
             values = host
         self.pending.append((step, list(terms), values, arrived))
         self.images += images
+        self.bar.update(self.task, completed=step)
+        self.estimate(step)
         self.read()
+
+    def estimate(self, step: int) -> None:
+        """Say what the run will take, once for each kind of step: from its first TIMED steps."""
+        kind = uses_target(step - 1, self.hyper)
+        first, since = self.timed.setdefault(kind, (step, time.monotonic()))
+        adapts = METHODS[self.hyper.method].reads_target
+        end = self.hyper.adv_start if adapts and not kind else self.hyper.steps
+        if step - first != TIMED or end - step < TIMED or self.file is None:
+            return
+        each = (time.monotonic() - since) / TIMED
+        if each * (end - step) < 5:
+            return
+        more = "; the steps of adaptation take longer" if adapts and not kind else ""
+        self.bar.console.print(
+            f"about {duration(each * (end - step))} to step {end}, {1000 * each:.0f} ms a "
+            f"step{more}",
+            highlight=False,
+        )
 
     def read(self, wait: bool = False) -> None:
         """Read the terms that have arrived, or with `wait` all of them.

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -55,7 +56,7 @@ from models import (
     recompute_blocks,
     set_batchnorm,
 )
-from runlog import Log, Stop, Stopped, last_answers, remedies
+from runlog import Log, Stop, Stopped, last_answers, progress_bar, remedies
 from settings import (
     Settings,
     configure,
@@ -160,7 +161,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
                 terms = one_step(method, *parts, batch, phase, hyper, autocast)
             images = world * hyper.batch * (2 if uses_target(step, hyper) else 1)
             log.add(step + 1, terms, images)
-            after_step(step + 1, settings, hyper, log, stop, partial(score, G), keep)
+            after_step(step + 1, settings, hyper, log, stop, partial(score, G, bar=log.bar), keep)
     return finish(settings, hyper, source, val, G, score, device, console)
 
 
@@ -403,7 +404,7 @@ def after_step(
         result = score()
         keys = [key for key in ("miou", "iou", *UNLABELLED) if key in result]
         log.record({"step": done} | {f"target_{key}": result[key] for key in keys})
-        score_of = f"mIoU {100 * result['miou']:.1f}" if "miou" in result else "without labels:"
+        score_of = f"mIoU {100 * result['miou']:.1f}," if "miou" in result else "without labels:"
         shown = f"confidence {result['confidence']:.3f}, M {result['m']:.4f}"
         log.bar.console.print(f"step {done}: target {score_of} {shown}")
     if adapts_next:  # after the score, which a run resumed from here must have
@@ -424,11 +425,13 @@ def scored(
     device: torch.device,
     amp: bool,
     workers: int,
+    bar: Progress,
 ) -> dict:
     """IoU on the target's split if it has labels, and what its images say without them."""
     result: dict = {"images": len(val)}
     if val.has_labels:
-        result = evaluation.score(G, source, val, device=device, amp=amp, workers=workers)
+        how: Any = {"device": device, "amp": amp, "workers": workers, "bar": bar}
+        result = evaluation.score(G, source, val, **how)
     return result | evaluation.unlabelled(G, val, source.classes)
 
 
@@ -455,7 +458,7 @@ def finish(
     source: data.DataSet,
     val: data.DataSet,
     G: Generator,
-    score: Callable[[Generator], dict],
+    score: Callable[..., dict],
     device: torch.device,
     console: Console,
 ) -> dict:
@@ -465,7 +468,8 @@ def finish(
         before, _ = load_generator(out / BEFORE, say=lambda _: None)
         networks["before"] = devices.place(before, device)
     networks["after"] = G
-    columns = {name: score(network) for name, network in networks.items()}
+    with progress_bar(console) as bar:
+        columns = {name: score(network, bar=bar) for name, network in networks.items()}
     columns["after"] |= last_answers(out / "metrics.jsonl")
     if devices.ranks()[0] > 0:
         return columns["after"]

@@ -954,3 +954,33 @@ def test_train_the_picture_of_an_unlabelled_target_has_no_truth(tmp_path):
     networks = {"after": models.Generator("tiny")}
     figure = evaluation.draw(dataset, None, networks, torch.device("cpu"), CLASSES)
     assert [ax.get_title() for ax in figure.axes] == ["target image", "after"]
+
+
+def test_train_says_what_it_will_take_once_for_each_kind_of_step(tmp_path, monkeypatch):
+    """From the first twenty steps of each kind; the bar moves with each step."""
+    now = [0.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=200)
+    hyper = Hyper(steps=1000, adv_start=400)
+    log = runlog.Log(tmp_path / "metrics.jsonl", 0, hyper, every=10_000, console=console)
+    for step in range(1, 501):
+        now[0] += 0.05 if step <= 400 else 2.0
+        log.add(step, {"seg": torch.ones(())}, images=4)
+        assert log.bar.tasks[0].completed == step
+    lines = [line for line in console.file.getvalue().splitlines() if line]
+    assert lines == [
+        "about 19 s to step 400, 50 ms a step; the steps of adaptation take longer",
+        "about 19 min to step 1000, 2000 ms a step",
+    ]
+    assert [runlog.duration(x) for x in (40, 100, 3600, 7500)] == [
+        *("40 s", "2 min", "1 h 0 min", "2 h 5 min")
+    ]
+
+
+def test_train_a_bar_shows_how_many_images_are_done():
+    bar = runlog.progress_bar(Console(file=io.StringIO()))
+    seen = []
+    for part in runlog.tracked([[1, 2], [3]], bar, "scoring", 3):
+        seen.append((part, [task.completed for task in bar.tasks]))
+    assert seen == [([1, 2], [0]), ([3], [2])] and not bar.tasks
+    assert list(runlog.tracked([1, 2], None, "scoring", 2)) == [1, 2]
