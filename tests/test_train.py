@@ -980,7 +980,7 @@ def test_train_says_what_it_will_take_once_for_each_kind_of_step(tmp_path, monke
 def test_train_a_bar_shows_how_many_images_are_done():
     bar = runlog.progress_bar(Console(file=io.StringIO()))
     seen = []
-    for part in runlog.tracked([[1, 2], [3]], bar, "scoring", 3):
-        seen.append((part, [task.completed for task in bar.tasks]))
+    for some in runlog.tracked([[1, 2], [3]], bar, "scoring", 3):
+        seen.append((some, [task.completed for task in bar.tasks]))
     assert seen == [([1, 2], [0]), ([3], [2])] and not bar.tasks
     assert list(runlog.tracked([1, 2], None, "scoring", 2)) == [1, 2]
