@@ -46,6 +46,7 @@ from figures import (
     ccd,
     device_of,
     figure5,
+    first_seed,
     load,
     open_target,
     params,
@@ -282,6 +283,63 @@ def disagreement(study: Study) -> None:
     save_figure(study, figure, f"disagreement-{study.task}", distinct)
 
 
+# Can its confidence be trusted?
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: |accuracy - mean confidence| in bins of equal width, weighted.
+
+    confidence: N in [0, 1]. right: N, whether the prediction is. 0: of all that is predicted with
+    80 %, 80 % is right.
+    """
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    known = counts > 0
+    sums = (np.bincount(place, weights=x, minlength=bins)[known] for x in (confidence, right))
+    gaps = np.abs(np.subtract(*sums)) / counts[known]
+    return float((gaps * counts[known]).sum() / counts.sum())
+
+
+THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+def calibration(study: Study) -> None:
+    """How far confidence can be trusted: calibration error, coverage and accuracy above T.
+
+    For `eval.py predict --confidence T`. Labelled pixels of the target's validation split, at most
+    20,000 of an image. First seed, last checkpoint.
+    """
+    cells, results = first_seed(study)
+    _, val, to_source_ids = open_target(next(iter(cells.values())))
+    rows, figure = [], Figure(figsize=(9, 3.4), layout="constrained")
+    left, right_panel = figure.subplots(1, 2)
+    for method, flags in cells.items():
+        G = load(newest_checkpoint(flags["out"]), device_of(study))
+        _, doubt, wrong, _ = m_and_errors(G, val, to_source_ids, study.images)
+        confidence, right = 1 - doubt, ~wrong
+        label = METHODS[method].label
+        coverage = [(confidence >= t).mean() for t in THRESHOLDS]
+        accuracy = [right[confidence >= t].mean() if c else np.nan
+                    for t, c in zip(THRESHOLDS, coverage, strict=True)]  # fmt: skip
+        both = (f"{100 * c:.0f}, {100 * a:.1f}" for c, a in zip(coverage, accuracy, strict=True))
+        rows.append([label, f"{100 * calibration_error(confidence, right):.1f}", *both])
+        left.plot(THRESHOLDS, 100 * np.array(coverage), "o-", label=label)
+        right_panel.plot(THRESHOLDS, 100 * np.array(accuracy), "o-", label=label)
+    right_panel.plot((0, 1), (0, 100), "k:", lw=1)
+    left.set(xlabel="T", ylabel="% of the pixels with confidence T or more")
+    right_panel.set(xlabel="T", ylabel="% of these that are right")
+    left.legend(fontsize=8)
+    distinct = [r for group in results.values() for r in group]
+    save_figure(study, figure, f"calibration-{study.task}", distinct)
+    header = ["method", "calibration error", *(f"T = {t:g}" for t in THRESHOLDS)]
+    note = (
+        "Expected calibration error in % (15 bins); then for each T the % of the pixels with that "
+        "confidence or more, and the % of these that are right. First seed, last checkpoint, "
+        f"{min(study.images, len(val))} images."
+    )
+    write(study, f"calibration-{study.task}", header, rows, note, results)
+
+
 # Which figure that needs no label ranks runs as mIoU does?
 
 FIGURES: dict[str, Callable[[dict], float]] = {
@@ -466,6 +524,7 @@ COMMANDS = {
     "instrument": Command(instrument, {"images"}, TUNING_SEEDS),
     "sweep": Command(sweep, set(), TUNING_SEEDS),
     "ranking": Command(ranking, set()),
+    "calibration": Command(calibration, {"methods", "images"}, (0,)),
     "photographs": Command(photographs, set(), (0, 1, 2)),
     "dusk": Command(dusk, set(), (0, 1, 2)),
 }

@@ -353,6 +353,7 @@ def test_study_a_result_forged_by_an_evaluation_is_not_taken_for_a_finished_run(
         ("figure5", ("figure5",)),
         ("weightmap", ("weightmap",)),
         ("disagreement", ("disagreement",)),
+        ("calibration", ("calibration",)),
     ),
 )
 def test_study_draws_every_figure(scenes, tmp_path, what, files):
@@ -494,6 +495,21 @@ def test_study_dusk_splits_camvid_by_its_own_names(scenes, tmp_path, monkeypatch
     shutil.rmtree(camvid / "images" / "train")
     (camvid / "images" / "train").mkdir()
     assert "0001TP" in study_error("dusk", tmp_path / "runs", "--tgt-dir", str(camvid))
+
+
+# Calibration.
+
+
+def test_study_calibration_error_by_hand():
+    """80 right of 100 at confidence 0.9, and 30 of 100 at 0.3: (100 * 0.1 + 100 * 0) / 200."""
+    confidence = np.repeat([0.9, 0.3], 100)
+    right = np.concatenate([np.arange(100) < 80, np.arange(100) < 30])
+    assert study.calibration_error(confidence, right) == pytest.approx(0.05)
+    rng = np.random.default_rng(0)
+    confidence = rng.random(200_000)
+    right = rng.random(200_000) < confidence
+    assert study.calibration_error(confidence, right) < 0.01, "calibrated by construction"
+    assert study.calibration_error(np.ones(10), np.ones(10, bool)) == 0
 
 
 # Figures that need no label.
