@@ -31,7 +31,6 @@ from torch import nn
 
 import data
 import figures
-import settings
 import study
 import train
 import tuning
@@ -320,16 +319,13 @@ def test_study_mean_weight_counts_eq_2_as_1(tmp_path):
     assert mean_weight(given) == pytest.approx((5 * 1 + 5 * 4.4) / 10)
 
 
-def test_study_names_what_differs_from_the_defaults_of_the_method(monkeypatch):
-    """A method's own tuned numbers change no name; the numbers of another method do."""
-    monkeypatch.setitem(settings.TUNED, ("tiny", "tan"), {"lambda_adv": 0.5})
+def test_study_names_a_run_by_what_it_changes():
     s = study.parse(["table"])["table"]
     rate = configure({})[1].lambda_adv
     assert s.cell(0, method="tan")["out"].name == "tan-seed0"
-    assert s.cell(0, method="tan", lambda_adv=0.5)["out"].name == "tan-seed0"
-    assert s.cell(0, method="tan", lambda_adv=rate)["out"].name == f"tan-lambda_adv{rate}-seed0"
-    assert configure(s.cell(0, method="tan"))[1].lambda_adv == 0.5
-    assert configure(s.cell(0))[1].lambda_adv == rate
+    assert s.cell(0, method="tan", lambda_adv=rate)["out"].name == "tan-seed0"
+    assert s.cell(0, method="tan", lambda_adv=0.5)["out"].name == "tan-lambda_adv0.5-seed0"
+    assert s.cell(0, seg_heads="ensemble")["out"].name == "clan-seg_headsensemble-seed0"
     assert "keep" in s.cell(0, method="tan") and "keep" not in s.cell(0, eps=0.1)
 
 
