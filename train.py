@@ -373,7 +373,7 @@ def after_step(
     """What is due after `done` steps: a score, a checkpoint, or the end if the run must stop."""
     stopping = devices.any_rank(stop.asked)
     adapts_next = done == hyper.adv_start and METHODS[hyper.method].reads_target
-    due = settings.eval_every and done % settings.eval_every == 0
+    due = settings.eval_every and (done - hyper.adv_start) % settings.eval_every == 0
     if adapts_next or (due and hyper.adv_start < done < hyper.steps):
         result = score()
         found = {f"target_{key}": result[key] for key in ("miou", "iou", *UNLABELLED)}
@@ -450,7 +450,7 @@ def finish(
     }
     if "before" in columns:
         result["miou_before"] = columns["before"]["miou"]
-        result["before"] = {key: columns["before"][key] for key in UNLABELLED}
+        result["before"] = {key: columns["before"][key] for key in ("miou", "iou", *UNLABELLED)}
     (out / "eval.json").write_text(json.dumps(result, indent=1))
     to_source_ids, _, _ = data.shared_classes(source, val)
     figure = evaluation.draw(val, to_source_ids, networks, device, source.classes)
