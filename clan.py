@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from losses import adversarial_loss, discrepancy_map, segmentation_loss, weight_discrepancy
 
 Statistics = Literal["batch", "before", "running"]
-Control = Literal["none", "shuffled", "doubt", "inverted"]
+Control = Literal["none", "shuffled", "moved", "doubt", "inverted"]
 Terms = dict[str, Tensor]  # what a step reports: detached scalars by name
 
 
@@ -341,6 +341,7 @@ def controlled_weight(weight: Tensor, p: Tensor, hyper: Hyper) -> Tensor:
     The controls separate *where* M puts the weight from *how much* weight there is. Each image
     keeps its weights to the last one; only their places change:
     shuffled: an order drawn from torch's generator. train.py seeds it before each step.
+    moved: the whole map rolled by half its height and width, which keeps it as smooth as it is.
     doubt: the largest weights where the ensemble is least confident.
     inverted: the largest weights where M is smallest.
     With m_mean1 the weights are then divided by their mean.
@@ -348,6 +349,9 @@ def controlled_weight(weight: Tensor, p: Tensor, hyper: Hyper) -> Tensor:
     values = weight.flatten(1)  # B HW
     if hyper.m_control == "shuffled":
         values = values[:, torch.randperm(values.shape[1], device=weight.device)]
+    elif hyper.m_control == "moved":
+        height, width = weight.shape[-2:]
+        values = weight.roll((height // 2, width // 2), dims=(-2, -1)).flatten(1)
     elif hyper.m_control != "none":
         doubt = 1 - p.max(dim=1).values.flatten(1)
         places = (doubt if hyper.m_control == "doubt" else -values).argsort(dim=1, stable=True)

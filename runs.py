@@ -87,7 +87,7 @@ class Study:
         adaptation = fields["steps"] - fields["adv_start"]
         flags.setdefault("log_every", max(1, min(50, adaptation // 50)))  # enough for means of M
         if configure(self.flags)[0].tgt == "streets":  # scores by step, from quick scoring
-            flags.setdefault("eval_every", max(1, adaptation // 15))
+            flags.setdefault("eval_every", min(50, max(1, adaptation // 5)))
         if seed == self.seeds[0] and not changed:
             flags |= {"save_every": max(1, fields["steps"] // 16), "keep": 100}
         return flags | {"seed": seed, "out": self.runs / self.task / f"{name}-seed{seed}"}
@@ -103,7 +103,7 @@ RESULT = "study.json"  # of a finished run: its scores, time and machine
 # What is recorded of a result besides where it was made.
 KEPT: tuple[str, ...] = ("miou", "miou_13", "miou_before", "iou", "images", "left_out")
 KEPT += ("seconds", "threads", "mean_weight", "d_loss", "d_source", "d_target")
-KEPT += (*train.UNLABELLED, "before", "curve")
+KEPT += (*train.UNLABELLED, "before", "curve", "date", "torch")
 
 
 def same_run(fields: dict) -> dict:
@@ -115,34 +115,49 @@ def same_run(fields: dict) -> dict:
     return kept
 
 
-def recorded(study: Study, flags: Flags) -> dict | None:
-    """The recorded result of a run with these flags, in the form of `run_cell`'s, else None.
+def key_of(settings: dict, seed: int) -> str:
+    return json.dumps([settings, seed], sort_keys=True)
 
-    A field that is newer than a line had its default in that run.
+
+def recorded_lines(study: Study) -> dict[str, dict]:
+    """The recorded runs by what they compute. Of two lines for one run the first counts.
+
+    A field that is newer than a line had its default in that run. A line without what the studies
+    of today read is not taken.
     """
     path = study.results / f"{study.task}.jsonl"
-    if not path.exists():
-        return None
+    found: dict[str, dict] = {}
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}, is damaged: delete this line") from error
+        settings = line["settings"]
+        counts = same_run(usual_fields() | settings)  # with today's fields
+        if "before" in line["result"] or not METHODS[settings["method"]].reads_target:
+            found.setdefault(key_of(counts, line["seed"]), line)
+    return found
+
+
+def recorded(lines: dict[str, dict], flags: Flags) -> dict | None:
+    """The recorded result of a run with these flags, in the form of `run_cell`'s, else None."""
     fields = all_fields(flags)
-    wanted = same_run(fields)
-    usual = {k: v for k, v in usual_fields().items() if k in wanted}
-    for line in reversed(path.read_text().splitlines()):  # the newest counts
-        found = json.loads(line)
-        if usual | found["settings"] == wanted and found["seed"] == fields["seed"]:
-            settings = {"settings": fields, "checkpoint": str(flags["out"])}
-            return found["result"] | {k: found[k] for k in ("commit", "machine")} | settings
-    return None
+    line = lines.get(key_of(same_run(fields), fields["seed"]))
+    if line is None:
+        return None
+    place = {"settings": fields, "checkpoint": str(flags["out"])}
+    return line["result"] | {k: line[k] for k in ("commit", "machine")} | place
 
 
 def record(study: Study, flags: Flags, result: dict) -> None:
-    """Add a finished run to the recorded ones. Processes of a study take turns in its parent."""
+    """Add a finished run to the recorded ones, in one write. The parent of a study does it."""
     study.results.mkdir(parents=True, exist_ok=True)
     fields = all_fields(flags)
     line = {"seed": fields["seed"], "settings": same_run(fields)}
-    line |= {"commit": result["commit"], "machine": result["machine"], "torch": torch.__version__}
+    line |= {key: result[key] for key in ("commit", "machine")}
     line["result"] = {k: result[k] for k in KEPT if k in result}
-    with (study.results / f"{study.task}.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with (study.results / f"{study.task}.jsonl").open("ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def all_fields(flags: Flags) -> dict:
@@ -190,12 +205,15 @@ def warm_up(flags: Flags) -> str:
     settings, hyper = configure(flags)
     if not 0 < hyper.adv_start < hyper.steps:
         return str(settings.out)  # nothing to share
-    fields = {k: v for k, v in all_fields(flags).items() if k not in FREE | ADAPTATION_ONLY}
+    unread = FREE | ADAPTATION_ONLY
+    if settings.looks == "city":  # the source is drawn with the shift as well
+        unread = unread - {"shift"}
+    fields = {k: v for k, v in all_fields(flags).items() if k not in unread}
     method = METHODS[hyper.method]
     kind = method.warm_up
     if kind == "source":  # these steps read no field of Eq. 4 or of another method
-        unread = CLAN_ONLY | unused_fields("source")
-        fields = {k: v for k, v in fields.items() if k not in unread - D_SHAPE}
+        not_its_own = CLAN_ONLY | unused_fields("source")
+        fields = {k: v for k, v in fields.items() if k not in not_its_own - D_SHAPE}
     fields |= {"method": kind, "has_d": method.has_d, "has_state": bool(method.first_state)}
     # "batch" and "before" differ only after adv_start
     fields |= {"batchnorm": clan.uses_batch_statistics(0, hyper)}
@@ -238,7 +256,8 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
     result["seconds"] = time.monotonic() - since
     result["machine"] = machine(find_device(settings.device)) + " a run"
     result["threads"] = torch.get_num_threads()
-    result |= logged(flags)
+    result |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    result |= logged(flags, result)
     result["commit"] = read_metadata(Path(result["checkpoint"]))["commit"]
     temporary = out / f"{RESULT}.tmp"
     temporary.write_text(json.dumps(result))
@@ -246,36 +265,41 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
     return result
 
 
-def logged(flags: Flags) -> dict:
+def logged(flags: Flags, result: dict) -> dict:
     """What a finished run's log says of the steps from adv_start on.
 
-    The mean weight of Eq. 5, D's mean loss over the last fifth of them, and the curve, a row for
-    each score on the target: `miou`, `iou` and `shares` in the order of those of the result,
-    `confidence`, `m`, and D's last answers until then.
+    The mean weight of Eq. 5; means of D's loss and answers over the last fifth of them; and the
+    curve, a row for each score on the target from adv_start to the last step: `miou`, `iou` and
+    `shares` in the order of those of the result, `confidence`, `m`, and D's last answers.
     """
     _, hyper = configure(flags)
-    logged_lines = metrics(flags["out"])
-    scores = [x for x in logged_lines if "target_iou" in x and x["step"] > hyper.adv_start]
-    lines = [line for line in logged_lines if "d" in line]  # of the adversarial steps
-    weight = mean_weight(flags)
-    found: dict[str, Any] = {} if weight is None else {"mean_weight": weight}
-    if lines:
-        found["d_loss"] = float(np.mean([x["d"] for x in lines[-max(1, len(lines) // 5) :]]))
+    found: dict[str, Any] = {}
+    if (weight := mean_weight(flags)) is not None:
+        found["mean_weight"] = weight
+    lines = metrics(flags["out"])
+    answers = [line for line in lines if "d" in line]
+    for key, name in (("d", "d_loss"), ("d_source", "d_source"), ("d_target", "d_target")):
+        if answers:
+            last = answers[-max(1, len(answers) // 5) :]
+            found[name] = float(np.mean([line[key] for line in last]))
+    scores = {x["step"]: x for x in lines if "target_iou" in x and x["step"] > hyper.adv_start}
     if scores:
-        found["curve"] = [point_of_curve(x, lines) for x in scores]
+        points = {step: {k.removeprefix("target_"): v for k, v in scores[step].items()}
+                  for step in sorted(scores)}  # fmt: skip
+        first = {hyper.adv_start: result["before"]} if "before" in result else {}
+        points = first | points | {hyper.steps: result}
+        found["curve"] = [point_of_curve(step, x, answers) for step, x in points.items()]
     return found
 
 
-def point_of_curve(score: dict, lines: list[dict]) -> dict:
+def point_of_curve(step: int, score: dict, answers: list[dict]) -> dict:
     """A row of a curve, rounded to four digits: `results/` is kept in git."""
-    answers = [line for line in lines if line["step"] <= score["step"]][-1:]
-    point: dict[str, Any] = {"step": score["step"]}
+    point: dict[str, Any] = {"step": step}
     for key in ("miou", "confidence", "m"):
-        point[key] = round(score[f"target_{key}"], 4)
+        point[key] = round(score[key], 4)
     for key in ("iou", "shares"):
-        values = score[f"target_{key}"].values()
-        point[key] = [None if x is None else round(x, 4) for x in values]
-    for line in answers:
+        point[key] = [None if x is None else round(x, 4) for x in score[key].values()]
+    for line in [line for line in answers if line["step"] <= step][-1:]:
         point |= {key: round(line[key], 4) for key in ("d_source", "d_target")}
     return point
 
@@ -303,11 +327,16 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     checkpoints: the study reads the run folders, so a recorded result is not enough.
     """
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
+    lines = recorded_lines(study)
     known = {out: finished(flags) for out, flags in cells_of.items()}
-    for out in [out for out, result in known.items() if result is None and not checkpoints]:
-        known[out] = recorded(study, cells_of[out])
+    for out, flags in cells_of.items():
+        result, from_line = known[out], recorded(lines, flags)
+        if result is None and not checkpoints:
+            known[out] = from_line
+        elif result is not None and from_line is None:  # it was stopped before it was recorded
+            record(study, flags, result)
     missing = [flags for out, flags in cells_of.items() if known[out] is None]
-    donors = choose_donors(list(cells_of.values()))
+    donors = choose_donors(study, missing)
     donor_of = {flags["out"]: donors.get(warm_up(flags)) for flags in missing}
     first = [flags for flags in missing if donor_of[flags["out"]] in (None, flags["out"])]
     rest = [flags for flags in missing if flags not in first]
@@ -316,7 +345,8 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
         tasks = [(flags, donor_of[flags["out"]]) for flags in wave]
         for flags, result in run_all(tasks, study.jobs):
             done += 1
-            record(study, flags, result)
+            if recorded(lines, flags) is None:
+                record(study, flags, result)
             score, seconds = 100 * result["miou"], result["seconds"]
             name = flags["out"].name
             print(
@@ -333,17 +363,20 @@ def result_of(flags: Flags) -> dict:
     return result
 
 
-def choose_donors(cells: list[Flags]) -> dict[str, Path]:
+def choose_donors(study: Study, missing: list[Flags]) -> dict[str, Path]:
     """The run folder that shares its warm-up, by `warm_up`.
 
-    A run that has finished its warm-up comes first, then one that keeps checkpoints.
+    A run that has finished its warm-up comes first, also one of TAN or CLAN that is not asked for;
+    then one that will keep checkpoints.
     """
 
     def keeps_warm_up(flags: Flags) -> bool:
         method = METHODS[flags.get("method", clan.Hyper.method)]
         return method.reads_target and method.has_d and method.first_state is None
 
-    adapted = [flags for flags in cells if keeps_warm_up(flags)]
+    usual = [study.cell(seed, method=m) for m in ("tan", "clan") for seed in study.seeds]
+    usual = [flags for flags in usual if (flags["out"] / BEFORE).exists()]
+    adapted = [flags for flags in [*missing, *usual] if keeps_warm_up(flags)]
     adapted.sort(key=lambda flags: "keep" not in flags)
     adapted.sort(key=lambda flags: not (flags["out"] / BEFORE).exists())
     donors: dict[str, Path] = {}
@@ -497,6 +530,13 @@ def points_apart(a: list[dict], b: list[dict], pick: Pick = miou) -> list[float]
     seeds_a, seeds_b = ([r["settings"]["seed"] for r in group] for group in (a, b))
     if seeds_a != seeds_b:
         raise ValueError(f"runs of seeds {seeds_a} and {seeds_b} make no pairs")
+    for x, y in zip(a, b, strict=True):
+        made = [tuple(str(r.get(key)) for key in ("machine", "threads", "torch")) for r in (x, y)]
+        if made[0] != made[1]:
+            raise ValueError(
+                f"seed {x['settings']['seed']} was run as {', '.join(made[0])} and as "
+                f"{', '.join(made[1])}, which makes no pair: delete one line of the results"
+            )
     both = [(pick(x), pick(y)) for x, y in zip(a, b, strict=True)]
     return [100 * (x - y) for x, y in both if x is not None and y is not None]
 
@@ -524,13 +564,17 @@ INTERVALS = (
 
 def provenance(study: Study, results: list[dict]) -> str:
     """Command, commits of the runs, seeds, computing time and machine."""
-    commits, machines = ({r[key] for r in results} for key in ("commit", "machine"))
+    commits, machines, versions, dates = (
+        sorted({str(r.get(key, "")) for r in results} - {""})
+        for key in ("commit", "machine", "torch", "date")
+    )
+    ends = (dates[0], dates[-1]) if dates else ()
     seeds = sorted({r["settings"]["seed"] for r in results})
     distinct = {r["checkpoint"]: r["seconds"] for r in results}
     return (
         f"`{study.command}`; {len(distinct)} runs of {sum(distinct.values()) / 60:.0f} minutes in "
-        f"all, commit {', '.join(sorted(commits))}; seeds {', '.join(map(str, seeds))}; "
-        f"{'; '.join(sorted(machines))}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+        f"all, commit {', '.join(commits)}; seeds {', '.join(map(str, seeds))}; "
+        f"{'; '.join(machines)}; torch {', '.join(versions)}, {' to '.join(dict.fromkeys(ends))}"
     )
 
 

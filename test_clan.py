@@ -951,7 +951,7 @@ def test_clan_m_controls_put_the_weights_where_they_say():
     assert (shuffled != local).double().mean() > 0.8
 
 
-@pytest.mark.parametrize("control", ("none", "shuffled", "doubt", "inverted"))
+@pytest.mark.parametrize("control", ("none", "shuffled", "moved", "doubt", "inverted"))
 def test_clan_m_mean1_divides_by_the_mean_and_keeps_the_places(control):
     torch.manual_seed(0)
     weight, _ = weights_of_two_images(m_control=control)
@@ -963,7 +963,7 @@ def test_clan_m_mean1_divides_by_the_mean_and_keeps_the_places(control):
 
 def test_clan_m_controls_let_the_gradient_through_m_to_where_it_came_from():
     """Each weight stays a function of the M of its first pixel."""
-    for control in ("shuffled", "doubt", "inverted"):
+    for control in ("shuffled", "moved", "doubt", "inverted"):
         m = torch.rand(1, 1, 3, 4, generator=seeded(), dtype=torch.float64).requires_grad_()
         p = torch.rand(1, 5, 3, 4, generator=seeded(1), dtype=torch.float64).softmax(dim=1)
         weight = clan.controlled_weight(40 * m + 0.4, p, Hyper(m_control=control))
@@ -1148,7 +1148,7 @@ def drawn(shape, seed: int, count: int) -> list[torch.Tensor]:
 
 
 @PROPERTY
-@given(shapes, st.integers(0, 10**6), st.sampled_from(("shuffled", "doubt", "inverted")))
+@given(shapes, st.integers(0, 10**6), st.sampled_from(("shuffled", "moved", "doubt", "inverted")))
 def test_clan_m_controls_keep_each_images_weights(shape, seed, control):
     """To the last one, also where some are equal; only their places change."""
     b, _, h, w = shape

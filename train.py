@@ -399,7 +399,7 @@ def after_step(
     """What is due after `done` steps: a score, a checkpoint, or the end if the run must stop."""
     stopping = devices.any_rank(stop.asked)
     adapts_next = done == hyper.adv_start and METHODS[hyper.method].reads_target
-    due = settings.eval_every and done % settings.eval_every == 0
+    due = settings.eval_every and (done - hyper.adv_start) % settings.eval_every == 0
     if adapts_next or (due and hyper.adv_start < done < hyper.steps):
         result = score()
         keys = [key for key in ("miou", "iou", *UNLABELLED) if key in result]
@@ -488,8 +488,10 @@ def finish(
         "settings": read_metadata(path)["settings"],
     }
     if "before" in columns:
-        result["before"] = {key: columns["before"][key] for key in UNLABELLED}
-        result |= {"miou_before": columns["before"].get("miou")} if "miou" in result else {}
+        first = columns["before"]
+        keys = [key for key in ("miou", "iou", *UNLABELLED) if key in first]
+        result["before"] = {key: first[key] for key in keys}
+        result |= {"miou_before": first["miou"]} if "miou" in first else {}
     (out / "eval.json").write_text(json.dumps(result, indent=1))
     to_source_ids = data.shared_classes(source, val)[0] if val.has_labels else None
     figure = evaluation.draw(val, to_source_ids, networks, device, source.classes)

@@ -31,7 +31,12 @@ def made_up(monkeypatch, score_of, deviation: float) -> list[dict]:
         found = {"miou": score_of(hyper) + deviation * noise, "iou": iou, "mean_weight": 0.5}
         found |= {"settings": {"seed": flags["seed"]}, "checkpoint": str(flags["out"])}
         found |= {"commit": "c", "machine": "m", "seconds": 1.0}
-        return found | {"curve": [{"step": step, "iou": [*iou.values()]} for step in (50, 100)]}
+        start = dict.fromkeys(iou, 0.5)
+        curve = [{"step": 100, "iou": [*iou.values()]}]
+        if hyper.method != "source":
+            found["before"] = {"iou": start}
+            curve = [{"step": 50, "iou": [*start.values()]}, *curve]
+        return found | {"curve": curve}
 
     def run_cells(study_, cells, checkpoints=False):
         return [result(flags) for flags in cells]
@@ -65,21 +70,24 @@ def test_control_a_claim_is_the_difference_of_its_two_rows(monkeypatch, tmp_path
     anew = rows_of(tmp_path, f"claims-{TASK}-scenes-drawn-anew")
     assert [row[1] for row in anew.values()] == ["+3.0"]
     rows = rows_of(tmp_path, f"control-{TASK}-look-and-layout")
-    assert rows["CLAN"][5] == "+3.0 [+3.0, +3.0]" and rows["BatchNorm alone"][0] == "5"
-    assert rows["CLAN"][4] == "0.0" and rows["source only"][5].startswith("-10.0")
+    assert rows["CLAN"][6] == "+3.0 [+3.0, +3.0]" and rows["BatchNorm alone"][0] == "5"
+    assert rows["CLAN"][4] == "0.0" and rows["source only"][6].startswith("-10.0")
+    assert rows["CLAN"][5] == rows["source only"][5] == "3.0", "all three fell from 50 %"
     alone = rows_of(tmp_path, f"control-{TASK}-look-alone")
     assert list(alone) == ["source only", "TAN", "CLAN", *control.PLACES]
     transfer = rows_of(tmp_path, f"transfer-{TASK}")
-    assert transfer["CLAN"] == ["33.0 ± 0.0"] * 3 and len(transfer) == len(control.WATCHED)
+    assert transfer["CLAN"] == ["50.0 ± 0.0", "33.0 ± 0.0", "33.0 ± 0.0"]
+    assert transfer["source only"] == ["50.0 ± 0.0", "20.0 ± 0.0", "20.0 ± 0.0"]
+    assert list(transfer) == list(control.WATCHED)
     assert (tmp_path / f"transfer-{TASK}.png").exists()
     seeds = {flags["seed"] for flags in made if flags.get("split") != "dev"}
     assert seeds == set(range(10)), "the claims were clear, so no seed was added"
     dev = [flags for flags in made if flags.get("split") == "dev"]
     assert {flags["seed"] for flags in dev} == {10, 11, 12}
-    like_clan = [configure(flags)[1] for flags in made if flags.get("lambda_adv")]
+    scaled = [configure(flags)[1] for flags in made if flags.get("lambda_adv")]
     rate = configure({})[1].lambda_adv
-    assert {hyper.method for hyper in like_clan} == {"tan"}
-    assert sorted(hyper.lambda_adv for hyper in like_clan) == [rate / 2] * 10 + [rate] * 10
+    assert {hyper.method for hyper in scaled} == {"tan"}
+    assert [hyper.lambda_adv for hyper in scaled] == [rate / 2] * 10
 
 
 def test_control_an_unsettled_place_gets_ten_more_seeds(monkeypatch, tmp_path):
@@ -88,14 +96,22 @@ def test_control_an_unsettled_place_gets_ten_more_seeds(monkeypatch, tmp_path):
     first = rows_of(tmp_path, f"claims-{TASK}-look-and-layout")
     counts = {name.split()[0]: row[-1].split()[-1] for name, row in first.items()}
     assert counts == {"(i)": "10", "(ii)": "10", "(iii)": "20", "(iv)": "10", "(v)": "10"}
-    added = {f["seed"] for f in made} - set(control.SEEDS) - {10, 11, 12}
-    assert added == set(control.MORE_SEEDS) and not added & {10, 11, 12}
+    used = {flags["seed"] for flags in made if flags.get("split") != "dev"}
+    assert used == {*control.SEEDS, *control.MORE_SEEDS} and not used & {10, 11, 12}
 
 
 def test_control_lost_classes_are_those_more_than_2_points_below():
     baseline = {"iou": {"road": 0.5, "sky": 0.5, "car": 0.5, "bus": None}}
     result = {"iou": {"road": 0.47, "sky": 0.49, "car": 0.9, "bus": 0.1}}
     assert control.lost_classes(result, baseline) == 1
+
+
+def test_control_of_another_target_needs_no_dev_split(monkeypatch, tmp_path):
+    made = made_up(monkeypatch, lambda hyper: 0.3, 0.0)
+    flags = ["--src", "gta5", "--backbone", "tiny", "--seeds", "0,1"]
+    control.control(study.parse(["control", *flags, "--to", str(tmp_path)])["control"])
+    assert not [f for f in made if f.get("split") == "dev"]
+    assert (tmp_path / "claims-gta5-cityscapes-tiny.json").exists()
 
 
 @pytest.mark.slow
@@ -111,14 +127,16 @@ def test_control_runs_every_row_and_scales_tan_by_clans_own_mean_weight(scenes, 
     rates = [json.loads(path.read_text())["settings"]["lambda_adv"] for path in paths]
     assert sum(x == pytest.approx(hyper.lambda_adv * weight) for x in rates) == 1
     rows = rows_of(out, f"control-{TASK}")
-    assert rows["TAN"][5] == rows["CLAN"][6] == "+0.0"
+    assert rows["TAN"][6] == rows["CLAN"][7] == "+0.0"
     for name in (*control.PLACES, control.EVEN, "M inverted, mean 1"):
-        assert rows[name][7] == "1.00"
+        assert rows[name][8] == "1.00"
     assert len({p.name for p in runs.iterdir()}) == len(rows) + 1  # and source only on dev
     curve = json.loads((runs / "clan-seed0" / "study.json").read_text())["curve"]
-    assert [point["step"] for point in curve] == [3]  # of adaptation from step 2 to 4
+    assert [point["step"] for point in curve] == [2, 3, 4]  # from adv_start to the end
     assert len(curve[0]["iou"]) == 19 and sum(curve[0]["shares"]) == pytest.approx(1, abs=1e-3)
-    assert curve[0].keys() >= {"miou", "confidence", "m", "d_source", "d_target"}
+    assert curve[1].keys() >= {"miou", "confidence", "m", "d_source", "d_target"}
+    source = json.loads((runs / "source-seed0" / "study.json").read_text())["curve"]
+    assert [point["step"] for point in source] == [3, 4]
 
 
 def test_control_the_instrument_sees_a_place_only_if_weights_and_d_have_one(scenes):

@@ -31,7 +31,6 @@ from torch import nn
 
 import data
 import figures
-import settings
 import study
 import train
 import tuning
@@ -84,8 +83,11 @@ def results_of(scores) -> list[dict]:
     return [{"miou": v, "settings": {"seed": seed}} for seed, v in enumerate(scores)]
 
 
-def test_study_pairs_are_of_the_same_seeds():
+def test_study_pairs_are_of_the_same_seeds_and_machine():
     a = results_of((0.3, 0.5, 0.2))
+    for key in ("machine", "threads", "torch"):
+        with pytest.raises(ValueError, match=r"seed 1 .* makes no pair"):
+            difference(a, [r | {key: "2"} if i == 1 else r for i, r in enumerate(a)])
     with pytest.raises(ValueError, match="make no pairs"):
         difference(a, a[::-1])
 
@@ -315,21 +317,19 @@ def test_study_does_not_take_flags_that_it_sets_itself(tmp_path, capsys):
 def test_study_mean_weight_counts_eq_2_as_1(tmp_path):
     """The map is logged from the first adversarial step on, but Eq. 2 is in force until later."""
     given = {"out": tmp_path, "steps": 10, "adv_start": 0, "adaptive_start": 0.5}
+    given |= {"lambda_local": 40.0}
     lines = [{"step": step, "m": 0.1} for step in range(1, 11)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     assert mean_weight(given) == pytest.approx((5 * 1 + 5 * 4.4) / 10)
 
 
-def test_study_names_what_differs_from_the_defaults_of_the_method(monkeypatch):
-    """A method's own tuned numbers change no name; the numbers of another method do."""
-    monkeypatch.setitem(settings.TUNED, ("tiny", "tan"), {"lambda_adv": 0.5})
+def test_study_names_a_run_by_what_it_changes():
     s = study.parse(["table"])["table"]
     rate = configure({})[1].lambda_adv
     assert s.cell(0, method="tan")["out"].name == "tan-seed0"
-    assert s.cell(0, method="tan", lambda_adv=0.5)["out"].name == "tan-seed0"
-    assert s.cell(0, method="tan", lambda_adv=rate)["out"].name == f"tan-lambda_adv{rate}-seed0"
-    assert configure(s.cell(0, method="tan"))[1].lambda_adv == 0.5
-    assert configure(s.cell(0))[1].lambda_adv == rate
+    assert s.cell(0, method="tan", lambda_adv=rate)["out"].name == "tan-seed0"
+    assert s.cell(0, method="tan", lambda_adv=0.5)["out"].name == "tan-lambda_adv0.5-seed0"
+    assert s.cell(0, seg_heads="ensemble")["out"].name == "clan-seg_headsensemble-seed0"
     assert "keep" in s.cell(0, method="tan") and "keep" not in s.cell(0, eps=0.1)
 
 
