@@ -34,6 +34,7 @@ from methods import uses_target
 
 PHOTOGRAPH_MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr")
 SUFFIXES = (".png", ".jpg", ".jpeg")  # photographs of a folder
+ORIENTATION = 274  # the EXIF tag; from 5 on height and width are exchanged
 
 
 Size = tuple[int, int]  # H W
@@ -51,6 +52,7 @@ class DataSet:
     size: Size  # its images are resized to this
     crop: Size  # size of a training crop, for recipes that crop
     items: tuple  # (image path, label path | None), or arguments of streets.render
+    root: Path | None = None  # of a folder with its own classes.json
 
     def __len__(self) -> int:
         return len(self.items)
@@ -87,6 +89,14 @@ def read_header(path: Path) -> Image.Image:
         return Image.open(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read ({error}): replace this file") from error
+
+
+def upright_size(path: Path) -> Size:
+    """H W of a photograph as `read_image` gives it: turned as its camera was held."""
+    image = read_header(path)
+    width, height = image.size
+    turned = image.getexif().get(ORIENTATION, 1) >= 5
+    return (width, height) if turned else (height, width)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -143,12 +153,10 @@ def map_ids(ids: np.ndarray, to_train_ids: np.ndarray, path: Path, list_file: st
     if unknown.any():
         wrong = ids[unknown][0]
         share = (ids == wrong).mean()
-        # An id that covers much of the picture is a class, and ignoring it would empty the score.
-        remedy = f"{'name it in `ids`' if share > 0.01 else '`ignore` it'} in {list_file}"
+        remedy = f", or give it a class in {list_file} (`names` or `ids`)" if list_file else ""
         raise ValueError(
             f"{path} holds the id {wrong} ({100 * share:.1f} % of its pixels), which its data set "
-            "does not define: check that this is the right label file"
-            + (f", or {remedy}" if list_file else "")
+            f"does not define: check that this is the right label file{remedy}"
         )
     return label
 
@@ -217,16 +225,20 @@ def pair(
         raise ValueError(f"no image in {where}: {layout}")
     if labels == "none":
         return tuple((image, None) for image in images)
-    return complete(tuple((image, label_of(image)) for image in images), labels, where, layout)
+    pairs = tuple((image, label_of(image)) for image in images)
+    return complete(pairs, labels, where, layout)
 
 
 def complete(pairs: tuple, labels: Labels, where: Path, layout: str) -> tuple:
-    """The pairs, without labels if these are optional and none exists.
+    """The pairs, without labels if these are optional and their folders hold no file.
 
-    Raises ValueError if a label is missing.
+    Raises ValueError if a label is missing. Labels of other names are no missing labels: then the
+    first that was looked for is named.
     """
     missing = [label for _, label in pairs if not label.is_file()] if labels != "unchecked" else []
-    if labels == "optional" and len(missing) == len(pairs):
+    folders = {label.parent for _, label in pairs}
+    empty = not any(place.is_dir() and any(place.iterdir()) for place in folders)
+    if labels == "optional" and len(missing) == len(pairs) and empty:
         return tuple((image, None) for image, _ in pairs)
     if missing:
         raise ValueError(
@@ -297,6 +309,13 @@ def folder_of_images(folder: Path, split: str, labels: Labels) -> Path:
     return folder / "images" if (folder / "images").is_dir() else folder
 
 
+def photographs_below(folder: Path) -> list[Path]:
+    """The photographs of a folder and its folders, but for names that begin with a dot."""
+    found = folder.rglob("*")
+    kept = [p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    return sorted(p for p in kept if not p.is_dir())
+
+
 def open_folder(
     folder: Path, split: str, size: Size | None, labels: Labels, short_side: int
 ) -> DataSet:
@@ -317,7 +336,7 @@ def open_folder(
         pairs = tuple(found) if bare else complete(tuple(found), labels, folder, layout)
     else:
         where = folder_of_images(folder, split, labels)
-        images = [p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+        images = photographs_below(where)
 
         def label_of(image: Path) -> Path:
             return (folder / "labels" / split / image.relative_to(where)).with_suffix(".png")
@@ -325,10 +344,10 @@ def open_folder(
         pairs = pair(images, label_of, labels, where, layout)
     names = read_classes(list_file).names if pairs[0][1] is not None else ()
     if size is None:  # keep the aspect ratio of the first image
-        width, height = read_header(pairs[0][0]).size
+        height, width = upright_size(pairs[0][0])
         scale = short_side / min(height, width)
         size = (8 * round(height * scale / 8), 8 * round(width * scale / 8))
-    return DataSet("folder", names, names, size, size, pairs)
+    return DataSet("folder", names, names, size, size, pairs, folder)
 
 
 class Kind(NamedTuple):
@@ -436,8 +455,7 @@ def label_at(dataset: DataSet, i: int) -> np.ndarray:
     image, path = dataset.items[i]
     if dataset.name != "folder":
         return read_label(path, dataset.name)
-    root = next(p for p in image.parents if (p / "classes.json").is_file())
-    list_file = root / "classes.json"
+    list_file = Path(dataset.root or "") / "classes.json"
     return map_ids(read_indices(path), read_classes(list_file).to_train_ids, path, str(list_file))
 
 

@@ -13,6 +13,7 @@ Shapes: B images, C classes, H W pixels. The last checkpoint of a run is its res
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from checkpoints import newest_checkpoint, read_metadata
 from classes import CLASSES, IGNORE, LABEL_IDS, SYNTHIA_13, SYNTHIA_ABSENT, palette_of
 from devices import (
     count_workers,
+    does_not_fit,
     find_device,
     join_processes,
     leave_processes,
@@ -45,6 +47,7 @@ from methods import METHODS
 from models import Generator
 from predictions import add_flags, ensemble_and_m, predict, predict_main
 from runlog import progress_bar, tracked
+from settings import short_side
 from weights import load_generator
 
 
@@ -202,10 +205,10 @@ def no_score(result: dict, name: str) -> str:
     """Why a result has no mIoU."""
     if "only_class" in result:
         return (
-            f"no score: only {result['only_class']} occurs in the labels of {name}, so any network "
-            "would read 100 %"
+            f"no score: only {result['only_class']} occurs in the labels of {name}, so a network "
+            "that says nothing else would read 100 %"
         )
-    return f"no score: {name} has no labels"
+    return f"no score: {name} has no labelled split"
 
 
 def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
@@ -314,6 +317,13 @@ def save_labels(folder: Path, dataset: data.DataSet, classes: Sequence[str]):
     """A `save` for evaluate(): labelIds PNGs with the names and ids of the official scorer."""
     if tuple(classes) != CLASSES:
         raise ValueError("--save-predictions writes Cityscapes labelIds: the run has other classes")
+    stems = Counter(Path(data.image_name(dataset, i)).stem for i in range(len(dataset)))
+    twice = [stem for stem, count in stems.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} names occur twice, the first is {twice[0]}, and would get one file in "
+            f"{folder}: use eval.py predict, which keeps the folders"
+        )
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(i: int, pred: np.ndarray) -> None:
@@ -340,8 +350,14 @@ def evaluate_main(args: argparse.Namespace) -> None:
     size = args.tgt_size or (metadata.get("tgt_size") if tgt == settings.get("tgt") else None)
     tgt_dir = folder_of(tgt, args.tgt_dir, "tgt_dir")
     drawn = {key: settings[key] for key in ("shift", "scenes") if key in settings}
-    optional: Any = {"labels": "optional"} | drawn
+    backbone = settings.get("backbone", args.backbone)
+    optional: Any = {"labels": "optional", "short_side": short_side(backbone)} | drawn
     target = data.open_dataset(tgt, "target", args.split, tgt_dir, size, **optional)
+    if not target.has_labels and not args.save_predictions:
+        raise ValueError(
+            f"{tgt} {args.split} has no labels to score with: add them, give "
+            "--save-predictions, or use eval.py predict"
+        )
     source = source_classes(src, metadata, folder_of(src, args.src_dir, "src_dir"))
     G, _ = load_generator(
         path,
@@ -372,17 +388,13 @@ def evaluate_main(args: argparse.Namespace) -> None:
             soft_wrap=True,
         )
         return
-    if not target.has_labels:
-        raise ValueError(
-            f"{tgt} {args.split} has no labels to score with: add them, or give --save-predictions"
-        )
     result = report(confusion, source, target)
 
     out = args.run if args.run.is_dir() else args.run.parent
-    method, backbone = settings.get("method", "clan"), settings.get("backbone", args.backbone)
-    paper = paper_row(src, tgt, backbone, method)
-    console.print(score_table(f"{src} to {tgt} {args.split}", {"%": result, "paper": paper}))
-    if "miou" not in result:
+    paper = paper_row(src, tgt, backbone, settings.get("method", "clan"))
+    if "miou" in result:
+        console.print(score_table(f"{src} to {tgt} {args.split}", {"%": result, "paper": paper}))
+    else:
         console.print(no_score(result, tgt), soft_wrap=True)
     if result["left_out"]:
         console.print(f"not scored, in one data set only: {', '.join(result['left_out'])}")
@@ -445,8 +457,16 @@ def main(argv=None) -> None:
         run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not does_not_fit(error):
+            raise
+        first = (str(error) or "no memory").splitlines()[0].rstrip(".")
+        sys.exit(
+            f"error: {first}. Give a smaller --tgt-size; of predict a smaller --short-side, or a "
+            "--window; or --device cpu"
+        )
     except KeyboardInterrupt:
-        sys.exit("stopped before the end: the scores were not written")
+        sys.exit("stopped before the end: what was not reported was not written")
 
 
 if __name__ == "__main__":

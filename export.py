@@ -117,6 +117,7 @@ def as_onnx(network: Ensemble, path: Path, said: dict[str, str]) -> None:
 
 
 def read_onnx(path: Path) -> tuple[Run, dict[str, str]]:
+    need("onnxruntime")
     onnxruntime: Any = importlib.import_module("onnxruntime")
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -145,21 +146,27 @@ def largest_difference(network: Ensemble, run: Run) -> float:
         rng = np.random.default_rng(i)
         images = torch.from_numpy(rng.integers(0, 256, (1 + i % 2, 3, *size), np.uint8))
         wanted, logits = network(images), run(images)
-        if logits.shape != wanted.shape or not logits.isfinite().all():
+        finite = logits.isfinite().all() and wanted.isfinite().all()
+        if logits.shape != wanted.shape or not finite:
             return float("inf")
         found.append(((logits - wanted).abs().max() / wanted.abs().max()).item())
     return max(found)
 
 
+def need(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f".onnx needs {package}: pip install {' '.join(packages)}")
+
+
 def export_main(args: argparse.Namespace) -> None:
     """Writes the file, reads it again, and compares."""
     console = Console()
-    kind = args.out.suffix
+    kind = args.out.suffix.lower()
     if kind not in KINDS:
         raise ValueError(f"--out {args.out} must end in {' or '.join(KINDS)}")
-    for package in PACKAGES if kind == ".onnx" else ():
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{kind} needs {package}: pip install {' '.join(PACKAGES)}")
+    if kind == ".onnx":
+        need(*PACKAGES)
     path = newest_checkpoint(args.run)
     G, metadata = load_generator(
         path, backbone=args.backbone, lineage=args.lineage, say=console.print
@@ -207,6 +214,8 @@ class Loaded(nn.Module):
 
 def load_exported(path: Path) -> tuple[Loaded, dict]:
     """(network, metadata as a checkpoint has it) of a .pt2 or .onnx file."""
-    run, said = KINDS[path.suffix][1](path)
+    run, said = KINDS[path.suffix.lower()][1](path)
+    if not {"classes", "tgt_size"} <= said.keys():
+        raise ValueError(f"{path} was not written by eval.py export: name a file that was")
     metadata = {key: json.loads(said[key]) for key in ("classes", "tgt_size")}
     return Loaded(run, len(metadata["classes"])), metadata

@@ -42,9 +42,8 @@ def read_classes(path: Path) -> ClassList:
             raise ValueError(f"it may hold no keys but {', '.join(sorted(KEYS))}")
         names, train_ids = names_and_ids(content)
         ignore = content.get("ignore", [])
-        first_free = len(names) if "names" in content else 0
         free = isinstance(ignore, list) and all(is_id(i) and i not in train_ids for i in ignore)
-        if not free or min(ignore, default=first_free) < first_free:
+        if not free:
             raise ValueError("ignore must list ids up to 255 that no class has")
         patterns = [content.get(key, {}) for key in ("images", "labels")]
         for found in patterns:
@@ -65,9 +64,9 @@ def names_and_ids(content: dict) -> tuple[tuple[str, ...], dict[int, int]]:
     if ("names" in content) == ("ids" in content):
         raise ValueError("it needs either names or ids")
     if "names" in content:
-        names, distinct = content["names"], "different strings"
+        names = content["names"]
         if not isinstance(names, list) or len(set(names)) != len(names):
-            raise ValueError(f"names must be {distinct}, at least one")
+            raise ValueError("names must be different strings, at least one")
         train_ids = {i: i for i in range(len(names))}
     else:
         named = {int(i): name for i, name in content["ids"].items()}
@@ -90,6 +89,8 @@ def check_patterns(patterns: dict[str, str]) -> None:
         parts = Path(pattern).parts
         if pattern.count("{name}") != 1 or "**" in pattern:
             raise ValueError(f"the pattern of {split} needs {{name}} once, and no **")
+        if "*{name}" in pattern or "{name}*" in pattern or "." in parts or pattern[:2] == "./":
+            raise ValueError(f"the pattern of {split} has a * beside {{name}}, or a ./")
         if Path(pattern).is_absolute() or ".." in parts:
             raise ValueError(f"the pattern of {split} must be a path below the folder")
 
@@ -105,7 +106,7 @@ def find(folder: Path, pattern: str) -> dict[Key, Path]:
     found = {}
     for path in sorted(folder.glob(pattern.replace("{name}", "*"))):
         match = expression.fullmatch(path.relative_to(folder).as_posix())
-        if match and not path.is_dir():
+        if match and not path.is_dir() and not path.name.startswith("."):
             name = match["name"]
             place = expression.groupindex["name"] - 1
             others = [x for i, x in enumerate(match.groups()) if i != place]
@@ -129,6 +130,13 @@ def files_of(
         if other != split and both:
             raise ValueError(
                 f"{min(both)} belongs to {split} and to {other} by the patterns of "
+                f"{folder / 'classes.json'}: write patterns that tell them apart"
+            )
+    for pattern in classes.labels.values():
+        both = set(images.values()) & set(find(folder, pattern).values())
+        if both:
+            raise ValueError(
+                f"{min(both)} is an image and a label by the patterns of "
                 f"{folder / 'classes.json'}: write patterns that tell them apart"
             )
     if not with_labels or split not in classes.labels:

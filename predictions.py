@@ -6,6 +6,7 @@ python eval.py predict runs/RUN --images photos --out masks --window 512 1024
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,14 +167,14 @@ def write_masks(
 
 def photographs_in(path: Path) -> list[Path]:
     """A photograph, or those of a folder. Raises ValueError if there is none, or two of a name."""
-    paths = [path] if path.is_file() else sorted(path.rglob("*"))
-    paths = [p for p in paths if p.suffix.lower() in data.SUFFIXES]
+    if path.is_file():
+        return [path]
+    paths = data.photographs_below(path)
     if not paths:
         raise ValueError(f"no png, jpg or jpeg in {path}: name a photograph or a folder of some")
-    names = [p.with_suffix("") for p in paths]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} exists with two endings but would get one mask: rename one")
+    twice = [name for name, n in Counter(p.with_suffix("") for p in paths).items() if n > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} exists with two endings but would get one mask: rename one")
     return paths
 
 
@@ -201,6 +202,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--window {args.window[0]} {args.window[1]}: give at least 32 32")
     if not 0 <= args.confidence <= 1:
         raise ValueError(f"--confidence {args.confidence} must lie in [0, 1]: give such as 0.9")
+    out = args.out.resolve()
+    if args.images.is_dir() and args.images.resolve() in (out, *out.parents):
+        raise ValueError(f"--out {args.out} lies in --images, whose masks would count as images")
 
 
 def predict_main(args: argparse.Namespace) -> None:
@@ -208,7 +212,7 @@ def predict_main(args: argparse.Namespace) -> None:
     console = Console()
     check_flags(args)
     G: Any
-    if args.run.suffix in KINDS:
+    if args.run.suffix.lower() in KINDS:
         if args.maps:
             raise ValueError(f"{args.run} has no second head, so it has no M: drop --maps")
         G, metadata = load_exported(args.run)

@@ -54,6 +54,7 @@ def progress_bar(console: Console) -> Progress:
         console=console,
         disable=not console.is_terminal,
         expand=True,
+        speed_estimate_period=120,  # seconds: steps of r101 on a CPU take many
     )
 
 
@@ -206,7 +207,7 @@ class Log:
         seconds = time.monotonic() - self.since
         speed = self.images / max(seconds, 1e-9)
         text = " ".join(f"{k} {v:.3f}" for k, v in terms.items()) + f" | {speed:.0f} images/s"
-        self.bar.update(self.task, completed=step, terms=text)
+        self.bar.update(self.task, terms=text)
         if not self.console.is_terminal and self.file:
             print(f"step {step}/{self.hyper.steps} {text}", flush=True)
         self.images, self.since = 0, time.monotonic()

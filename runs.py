@@ -336,6 +336,8 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
         elif result is not None and from_line is None:  # it was stopped before it was recorded
             record(study, flags, result)
     missing = [flags for out, flags in cells_of.items() if known[out] is None]
+    if missing:
+        need_labels(missing[0])
     donors = choose_donors(study, missing)
     donor_of = {flags["out"]: donors.get(warm_up(flags)) for flags in missing}
     first = [flags for flags in missing if donor_of[flags["out"]] in (None, flags["out"])]
@@ -353,6 +355,14 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
                 f"[{done}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
             )
     return [known[flags["out"]] or result_of(flags) for flags in cells]
+
+
+def need_labels(flags: Flags) -> None:
+    """Raises ValueError if these runs would have no score, before the first of them is made."""
+    settings, _ = configure(flags)
+    _, _, val = train.open_all(settings)
+    if not val.has_labels:
+        raise ValueError(f"{evaluation.no_score({}, settings.tgt)}; studies need one: use train.py")
 
 
 def result_of(flags: Flags) -> dict:

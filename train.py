@@ -133,7 +133,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     state = method.first_state(G, hyper) if method.first_state else {}
     parts = (G, D, opt_g, opt_d, state)  # all that a step changes, and a checkpoint holds
     introduce(settings, hyper, source, target, val, device, console)
-    decisions = restore(resume, device, console, *parts) if resume else {}
+    decisions = restore(resume, target.size, device, console, *parts) if resume else {}
     # Sets requires_grad before DDP collects the parameters.
     set_batchnorm(G, train_affine=hyper.bn_affine, batch_statistics=True)
     what = what_to_compile(settings.compile, device, hyper, settings.recompute)
@@ -296,11 +296,19 @@ def introduce(
         console.print(f"not scored, in one data set only: {', '.join(left_out)}", soft_wrap=True)
 
 
-def restore(path: Path, device: torch.device, console: Console, *parts: Any) -> dict[str, str]:
+def restore(
+    path: Path, size: data.Size, device: torch.device, console: Console, *parts: Any
+) -> dict[str, str]:
     """Load a checkpoint into the parts of a run, which stand in the order of `pack`.
 
-    Returns what the run had decided about compiled steps.
+    size: of the target now. Returns what the run had decided about compiled steps.
     """
+    before = tuple(read_metadata(path)["tgt_size"])
+    if before != tuple(size):
+        raise ValueError(
+            f"{path} was trained at {before[0]}x{before[1]}, and the target is {size[0]}x{size[1]} "
+            f"now: give --tgt-size {before[0]} {before[1]} to a new run, or the old images"
+        )
     try:
         unpack(read_checkpoint(path)[0], *parts)
     except ValueError as error:

@@ -16,6 +16,7 @@ from helpers import (
     make_synthia,
     need,
     random_ids,
+    striped,
     write_png,
 )
 from PIL import Image
@@ -122,7 +123,7 @@ def test_data_an_id_outside_the_map_is_refused_and_named(tmp_path, dataset, bad)
         path = write_png16(tmp_path / "x.png", np.stack([ids] * 3, axis=2).astype(np.uint16))
     else:
         path = write_png(tmp_path / "x.png", ids)
-    with pytest.raises(ValueError, match=rf"x.png holds the id {bad},"):
+    with pytest.raises(ValueError, match=rf"x.png holds the id {bad} \("):
         data.read_label(path, dataset)
 
 
@@ -277,6 +278,8 @@ def test_data_sizes_are_those_of_the_released_code(tmp_path, name, size):
         ('{"names": ["road"], "images": {"train": "a/**/{name}.png"}}', r"no \\*\\*"),
         ('{"names": ["road"], "images": {"train": "../{name}.png"}}', "below the folder"),
         ('{"names": ["road"], "images": {"train": 3}}', "classes.json"),
+        ('{"names": ["road"], "images": {"train": "a/*{name}.png"}}', "has a \\* beside"),
+        ('{"names": ["road"], "images": {"train": "./{name}.png"}}', "or a ./"),
         ('{"names": ["road"], "labels": {"train": "{name}.png"}}', "that images lacks"),
     ),
 )
@@ -307,7 +310,7 @@ def test_data_a_folder_is_read_with_its_own_classes(tmp_path):
 def test_data_an_undefined_id_in_a_folder_is_refused_and_named(tmp_path):
     dataset = data.open_dataset("folder", "target", "train", make_folder(tmp_path))
     write_png(dataset.items[0][1], np.full((24, 40), 3, np.uint8))
-    with pytest.raises(ValueError, match=r"holds the id 3 \(100.0 %.*name it in `ids`"):
+    with pytest.raises(ValueError, match=r"holds the id 3 \(100.0 %.*give it a class in"):
         data.label_at(dataset, 0)
 
 
@@ -682,3 +685,33 @@ def test_data_scenes_of_another_number_are_drawn_anew():
     )
     assert first.items == again.items and not set(first.items) & set(other.items)
     assert (data.image_at(first, 0) != data.image_at(other, 0)).any()
+
+
+def test_data_a_photograph_of_a_turned_camera_is_upright(tmp_path):
+    """Phones store the picture as the sensor sees it, and say in EXIF how it was held."""
+    pixels = striped((40, 24), range(3))[0]
+    exif = Image.Exif()
+    exif[274] = 6
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "a.jpg", exif=exif)
+    dataset = data.open_dataset("folder", "target", "train", tmp_path, labels="none", short_side=48)
+    assert data.image_at(dataset, 0).shape[:2] == (24, 40) and dataset.size == (48, 80)
+    assert data.upright_size(tmp_path / "images" / "a.jpg") == (24, 40)
+
+
+@pytest.mark.parametrize("name", ("A.PNG", "a_mask.png", "a.jpg"))
+def test_data_labels_of_other_names_are_not_taken_for_no_labels(tmp_path, name):
+    write_png(tmp_path / "images" / "val" / "a.png", striped((40, 24), range(3))[0])
+    label = tmp_path / "labels" / "val" / name
+    label.parent.mkdir(parents=True)
+    label.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"first missing label is .*labels/val/a.png"):
+        data.open_dataset("folder", "target", "val", tmp_path, labels="optional")
+    label.unlink()
+    assert not data.open_dataset("folder", "target", "val", tmp_path, labels="optional").has_labels
+
+
+def test_data_hidden_files_are_no_photographs(tmp_path):
+    write_png(tmp_path / "a.png", striped((40, 24), range(3))[0])
+    (tmp_path / "._a.png").write_bytes(b"x")
+    assert len(data.open_dataset("folder", "target", "train", tmp_path, labels="none")) == 1

@@ -19,6 +19,7 @@ from helpers import (
 from PIL import Image
 
 import data
+import eval as evaluation
 import folders
 
 
@@ -186,6 +187,23 @@ def test_folders_pairs_are_of_the_same_folders_or_of_the_same_name(tmp_path):
     assert opened(tmp_path, content).items[0][1] == tmp_path / "all" / "x.png"
 
 
+@pytest.mark.parametrize("labels", ("required", "none"))
+def test_folders_a_mask_beside_its_image_is_not_taken_for_an_image(tmp_path, labels):
+    photographs(tmp_path, "rgb/a.png", "rgb/a_mask.png")
+    patterns = {"images": {"train": "rgb/{name}.png"}, "labels": {"train": "rgb/{name}_mask.png"}}
+    with pytest.raises(ValueError, match=r"a_mask.png is an image and a label"):
+        opened(tmp_path, {"names": ["road"]} | patterns, labels=labels)
+
+
+def test_folders_labels_are_read_by_the_list_of_the_folder_that_was_named(tmp_path):
+    """Another classes.json lies nearer to the images, and has other ids."""
+    photographs(tmp_path, "site/rgb/a.png", "site/gt/a.png")
+    write_class_list(tmp_path / "site", {"ids": {"0": "sky", "1": "road"}})
+    content = {"names": ["road", "sky"], "images": {"train": "site/rgb/{name}.png"}}
+    dataset = opened(tmp_path, content | {"labels": {"train": "site/gt/{name}.png"}})
+    assert dataset.classes == ("road", "sky") and (data.label_at(dataset, 0) == 0).all()
+
+
 def test_folders_a_split_without_pattern_or_files_is_named(tmp_path):
     photographs(tmp_path, "rgb/a.png")
     content = {"names": ["road"], "images": {"train": "rgb/{name}.jpg"}}
@@ -200,17 +218,17 @@ def test_folders_a_split_without_pattern_or_files_is_named(tmp_path):
     assert not data.has_split("folder", tmp_path, "val")
 
 
-def test_folders_an_id_that_covers_much_is_never_to_be_ignored(tmp_path):
+@pytest.mark.parametrize("covered", (20, 2000))
+def test_folders_no_message_proposes_to_ignore_an_id(tmp_path, covered):
     folder = make_folder(tmp_path, {"names": ["road"]}, size=(50, 100))
     label = np.zeros((50, 100), np.uint8)
-    for covered, remedy in ((20, "`ignore` it"), (2000, "name it in `ids`")):
-        label.flat[:covered] = 255
-        for path in (folder / "labels").rglob("*.png"):
-            write_png(path, label)
-        flags = ["--src", "folder", "--src-dir", str(folder), "--tgt", "streets"]
-        error = run_error(*flags, "--backbone", "tiny", "--out", str(tmp_path / "run"))
-        assert f"holds the id 255 ({covered / 50:.1f} % of its pixels)" in error
-        assert f"or {remedy} in {folder / 'classes.json'}" in error
+    label.flat[:covered] = 255
+    for path in (folder / "labels").rglob("*.png"):
+        write_png(path, label)
+    flags = ["--src", "folder", "--src-dir", str(folder), "--tgt", "streets"]
+    error = run_error(*flags, "--backbone", "tiny", "--out", str(tmp_path / "run"))
+    assert f"holds the id 255 ({covered / 50:.1f} % of its pixels)" in error
+    assert f"give it a class in {folder / 'classes.json'}" in error and "ignore" not in error
 
 
 def test_folders_labels_of_one_class_alone_are_no_score(few, tmp_path, capsys):
@@ -224,3 +242,7 @@ def test_folders_labels_of_one_class_alone_are_no_score(few, tmp_path, capsys):
     assert "no score: only road occurs in the labels of folder" in shown and "100.0" not in shown
     result = json.loads((out / "eval.json").read_text())
     assert result["only_class"] == "road" and "miou" not in result
+    scored = capsys.readouterr()
+    evaluation.main([str(out), "--device", "cpu"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "only road occurs" in shown and "100.0" not in shown and not scored.err
