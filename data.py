@@ -95,7 +95,10 @@ def upright_size(path: Path) -> Size:
     """H W of a photograph as `read_image` gives it: turned as its camera was held."""
     image = read_header(path)
     width, height = image.size
-    turned = image.getexif().get(ORIENTATION, 1) >= 5
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) >= 5
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): replace this file") from error
     return (width, height) if turned else (height, width)
 
 
@@ -358,11 +361,11 @@ class Kind(NamedTuple):
     folder: str | None  # its place under --data
     splits: tuple[str, ...]  # (): any name of a folder in images/
     size: Size | None  # its images are resized to this; None: it follows from the first image
-    images: str = ""  # the folder of its splits, if each has its own
     # Train id by id on disk. None: classes.json has the ids, or the labels are drawn.
     to_train_ids: np.ndarray | None = None
     read_ids: Callable[[Path], np.ndarray] = read_indices
     tolerance: float = 0.0  # largest relative difference in size of image and label
+    images: str = ""  # the folder of its splits, if each has its own
 
 
 DATASETS = {
@@ -372,7 +375,7 @@ DATASETS = {
         "GTA5",
         ("train",),
         (720, 1280),
-        to_train_ids=TO_TRAIN_IDS["gta5"],
+        TO_TRAIN_IDS["gta5"],
         tolerance=0.02,
     ),
     "synthia": Kind(
@@ -382,8 +385,8 @@ DATASETS = {
         "SYNTHIA/RAND_CITYSCAPES",
         ("train",),
         (760, 1280),
-        to_train_ids=TO_TRAIN_IDS["synthia"],
-        read_ids=read_synthia_ids,
+        TO_TRAIN_IDS["synthia"],
+        read_synthia_ids,
     ),
     "cityscapes": Kind(
         open_cityscapes,
@@ -391,8 +394,8 @@ DATASETS = {
         "Cityscapes",
         ("train", "val", "test"),
         (512, 1024),
-        "leftImg8bit",
         TO_TRAIN_IDS["cityscapes"],
+        images="leftImg8bit",
     ),
     "folder": Kind(
         *(open_folder, "name a folder with images/, labels/ and classes.json", None, (), None),
@@ -452,7 +455,7 @@ def label_at(dataset: DataSet, i: int) -> np.ndarray:
     """Label i at its own size, H W uint8 train ids of `dataset.classes`, 255 = unlabelled."""
     if dataset.name == "streets":
         return draw_street(dataset.items[i], dataset.size)[1]
-    image, path = dataset.items[i]
+    path = dataset.items[i][1]
     if dataset.name != "folder":
         return read_label(path, dataset.name)
     list_file = Path(dataset.root or "") / "classes.json"

@@ -121,7 +121,7 @@ def table_1_and_2(study: Study) -> None:
         """How much of the way from source only to the bound each method goes, of the means."""
         means = [spread(map(pick, group))[0] for group in results.values()]
         least, most = (spread(map(pick, group))[0] for group in (results["source"], bound or []))
-        cells = [f"{100 * (mean - least) / (most - least):.0f} %" for mean in means]
+        cells = [f"{100 * (mean - least) / (most - least) + 0.0:.0f} %" for mean in means]
         return [label, *cells, *[""] * paired, "100 %", *[""] * len(papers)]
 
     header = ["class", *(METHODS[m].label for m in results)]

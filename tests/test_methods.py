@@ -169,7 +169,8 @@ def test_methods_a_new_row_is_in_the_help_and_in_the_table_of_a_study(rows, tmp_
     study.main(["table", *methods, *sizes, *flags, *folder, "--log-every", "1"])
     (table,) = (tmp_path / "runs").glob("table-*.json")
     header = json.loads(table.read_text())["header"]
-    assert header == ["class", "source only", "TAN", *["Even"] * (row == "even")]
+    bound = [study.BOUND] * (row != "trio")  # streets alone have one
+    assert header == ["class", "source only", "TAN", *["Even"] * (row == "even"), *bound]
 
 
 def test_methods_state_steps_and_numbers_do_what_the_row_says(rows, tmp_path):
