@@ -682,6 +682,7 @@ train.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_train_too_little_memory_of_a_cpu_ends_with_a_sentence(tmp_path):
     """An address space of 5 GB, and a step on 64 images that needs more."""
     flags = "--tgt-size 256 512 --batch 64 --steps 2 --adv-start 1 --d-channels 4 --device cpu"
