@@ -80,20 +80,22 @@ PLACES: dict[str, Flags] = {
 }
 WEIGHTS_1: Flags = {"lambda_local": 0.0, "eps": 1.0}
 BOTH_DOMAINS: Flags = {"batchnorm": "batch"}
+SHARED: dict[str, Flags] = {  # with the study of photographs
+    "M shuffled": {"m_control": "shuffled"},
+    BATCHNORM: BOTH_DOMAINS | {"method": "tan", "lambda_adv": 0.0},
+}
 
 
 def variants(study: Study) -> dict[str, Flags]:
     """The further rows, on the first FEW seeds."""
     settings, hyper = configure(study.flags)
     recipe = "released" if settings.recipe == "paper" else "paper"
-    return {
-        "M shuffled": {"m_control": "shuffled"},
+    return SHARED | {
         "M inverted, mean 1": {"m_mean1": True, "m_control": "inverted"},
         "M moved, mean 1": {"m_mean1": True, "m_control": "moved"},
         "Eq. 5, no Eq. 4": {"lambda_weight": 0.0},
         GRADIENT[not hyper.detach_m]: {"detach_m": not hyper.detach_m},
         f"recipe {recipe}": {"recipe": recipe},
-        BATCHNORM: BOTH_DOMAINS | {"method": "tan", "lambda_adv": 0.0},
         "TAN, BatchNorm of both domains": BOTH_DOMAINS | {"method": "tan"},
         "CLAN, BatchNorm of both domains": BOTH_DOMAINS,
     }
@@ -227,6 +229,15 @@ def of_seeds(group: list[dict], like: list[dict]) -> list[dict]:
     return [by_seed[r["settings"]["seed"]] for r in like]
 
 
+def starts_of(name: str, results: dict[str, list[dict]]) -> list[dict]:
+    """The runs that say where each run of a row stood at adv_start.
+
+    Source only has no score there, but the warm-up of TAN.
+    """
+    group = results[name]
+    return of_seeds(results["TAN"], group) if name == "source only" else group
+
+
 def write_rows(study: Study, regime: str, results: dict[str, list[dict]]) -> None:
     """The rows of the control in one regime of streets. Some have fewer seeds than others."""
     rows = []
@@ -234,8 +245,7 @@ def write_rows(study: Study, regime: str, results: dict[str, list[dict]]) -> Non
         rare = [spread(r["iou"].get(c) for c in INFREQUENT)[0] for r in group]
         source = of_seeds(results["source only"], group)
         lost = [lost_classes(*both) for both in zip(group, source, strict=True)]
-        starts = of_seeds(results["TAN"] if name == "source only" else group, group)
-        pairs = zip(group, starts, strict=True)
+        pairs = zip(group, starts_of(name, results), strict=True)
         fallen = [lost_classes(r, start["before"]) for r, start in pairs if "before" in start]
         weight, _ = spread(r.get("mean_weight") for r in group)
         rows.append([
@@ -288,8 +298,7 @@ def negative_transfer(study: Study, results: dict[str, list[dict]]) -> None:
     ax = figure.subplots()
     for name, group in results.items():
         curves = []
-        starts = of_seeds(results["TAN"] if name == "source only" else group, group)
-        for r, start in zip(group, starts, strict=True):
+        for r, start in zip(group, starts_of(name, results), strict=True):
             if "curve" not in r:
                 raise ValueError(f"{r['checkpoint']} has no scores by step: delete it")
             places = [list(r["iou"]).index(name) for name in aligned]

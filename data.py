@@ -239,10 +239,10 @@ def complete(pairs: tuple, labels: Labels, where: Path, layout: str) -> tuple:
     first that was looked for is named.
     """
     missing = [label for _, label in pairs if not label.is_file()] if labels != "unchecked" else []
-    folders = {label.parent for _, label in pairs}
-    empty = not any(place.is_dir() and any(place.iterdir()) for place in folders)
-    if labels == "optional" and len(missing) == len(pairs) and empty:
-        return tuple((image, None) for image, _ in pairs)
+    if labels == "optional" and len(missing) == len(pairs):
+        folders = {label.parent for label in missing}
+        if not any(place.is_dir() and any(place.iterdir()) for place in folders):
+            return tuple((image, None) for image, _ in pairs)
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(pairs)} images in {where} have no label, the first "

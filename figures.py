@@ -184,9 +184,10 @@ def ccd(study: Study) -> None:
         *configure(first), len(source.classes), device, None, Console(quiet=True)
     )
     start = measure(untrained)
+    paths = over_training(cells)
     curves = {
         method: {step: measure(load(path, device)) / start for step, path in steps.items()}
-        for method, steps in over_training(cells).items()
+        for method, steps in paths.items()
     }
     picks = {
         study.curve_class: lambda x: x[source.classes.index(study.curve_class)].item(),
@@ -211,7 +212,7 @@ def ccd(study: Study) -> None:
     figure.axes[0].set_ylabel("cluster distance / before training")
     save_figure(study, figure, f"ccd-classes-{study.task}", distinct)
 
-    for method, steps in over_training(cells).items():
+    for method, steps in paths.items():
         G = load(steps[max(steps)], device)
         relative = relative_distance(G, source, val, to_source_ids, study.images)
         columns[f"{METHODS[method].label}, free of scale"] = relative[seen].tolist()

@@ -31,12 +31,11 @@ import eval as evaluation
 from checkpoints import BEFORE, newest_checkpoint
 from classes import INFREQUENT
 from control import (
-    BATCHNORM,
-    BOTH_DOMAINS,
     GRADIENT,
     MAIN,
     REGIMES,
     SEEDS,
+    SHARED,
     control,
     instrument,
     on_streets,
@@ -426,10 +425,7 @@ def recorded_as(line: dict) -> dict:
 
 # Photographs as the target.
 
-PHOTOGRAPHS: dict[str, Flags] = MAIN | {
-    "M shuffled": {"m_control": "shuffled"},
-    BATCHNORM: BOTH_DOMAINS | {"method": "tan", "lambda_adv": 0.0},
-}
+PHOTOGRAPHS: dict[str, Flags] = MAIN | SHARED
 
 
 def photographs(study: Study, rows: dict[str, Flags] = PHOTOGRAPHS) -> None:
@@ -494,14 +490,8 @@ def link(to: Path, path: Path) -> None:
 
 # The program.
 
-FOR_ALL = {
-    "seeds",
-    "quick",
-    "jobs",
-    "runs",
-    "to",
-    "results",
-}  # flags of this program that every study reads
+# Flags of this program that every study reads.
+FOR_ALL = {"seeds", "quick", "jobs", "runs", "to", "results"}
 
 
 class Command(NamedTuple):
@@ -528,13 +518,8 @@ COMMANDS = {
     "photographs": Command(photographs, set(), (0, 1, 2)),
     "dusk": Command(dusk, set(), (0, 1, 2)),
 }
-NOT_IN_ALL = (
-    "instrument",
-    "sweep",
-    "ranking",
-    "photographs",
-    "dusk",
-)  # for tuning, or of photographs
+# For tuning, of other runs, or of photographs.
+NOT_IN_ALL = ("instrument", "sweep", "ranking", "photographs", "dusk")
 QUICK = {"steps": 240, "adv_start": 165}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets

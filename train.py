@@ -478,9 +478,9 @@ def finish(
     networks["after"] = G
     with progress_bar(console) as bar:
         columns = {name: score(network, bar=bar) for name, network in networks.items()}
-    columns["after"] |= last_answers(out / "metrics.jsonl")
     if devices.ranks()[0] > 0:
         return columns["after"]
+    columns["after"] |= last_answers(out / "metrics.jsonl")
     if "miou" in columns["after"]:
         paper = evaluation.paper_row(settings.src, settings.tgt, settings.backbone, hyper.method)
         title = f"IoU on {settings.tgt} {settings.split}, %"

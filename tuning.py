@@ -143,12 +143,12 @@ def next_values(values: set[float], tops: set[float], steps: float | tuple[int, 
 
 
 def rounded(value: float) -> float:
-    """To three digits, so that values met by two ways are equal."""
+    """To three digits: the names of runs hold these values."""
     return float(f"{value:.3g}")
 
 
 def at_start(study: Study) -> Flags:
-    """The number of steps that the first trials have: they go on from the warm-up of these runs."""
+    """The number of steps of the first trials."""
     _, hyper = configure(study.flags)
     return {"steps": hyper.adv_start + int(START["length"]), "eval_every": 0}
 
