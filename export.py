@@ -4,13 +4,14 @@
     python eval.py export runs/RUN --out model.onnx      # needs onnx, onnxscript and onnxruntime
     python eval.py predict model.pt2 --images photos --out masks
 
-The file takes uint8 RGB images, B 3 H W of any size from 32 pixels on, and gives the ensemble's
+The file takes uint8 RGB images, B 3 H W of any size from 33 pixels on, and gives the ensemble's
 logits, B C H W. It normalises the images itself. It carries the names and colours of the classes,
 the lineage of the weights and the commit of the run. Once written it is read again, and compared
 with the network on several sizes. A file that does not agree is deleted.
 """
 
 import argparse
+import copy
 import importlib
 import importlib.util
 import json
@@ -18,7 +19,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,6 +63,30 @@ def information(metadata: dict, G: Generator) -> dict[str, str]:
     }
 
 
+class RoundedUp(nn.MaxPool2d):
+    """Max-pooling with ceil_mode as padding and pooling without it; the same values.
+
+    torch.export cannot prove for every size that ceil_mode's rounded-up size holds.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride, padding = (
+            cast(int, n) for n in (self.kernel_size, self.stride, self.padding)
+        )
+        after = padding + stride - 1
+        x = F.pad(x, (padding, after, padding, after), value=float("-inf"))
+        return F.max_pool2d(x, kernel, stride)
+
+
+def without_ceil_mode(network: Ensemble) -> Ensemble:
+    """A copy."""
+    network = copy.deepcopy(network)
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.MaxPool2d) and layer.ceil_mode:
+            network.set_submodule(name, RoundedUp(layer.kernel_size, layer.stride, layer.padding))
+    return network
+
+
 Run = Callable[[Tensor], Tensor]  # images to logits
 
 
@@ -72,10 +97,11 @@ def as_pt2(network: Ensemble, path: Path, said: dict[str, str]) -> None:
 def exported(network: Ensemble) -> torch.export.ExportedProgram:
     sides = {
         0: torch.export.Dim("batch"),
-        2: torch.export.Dim("height", min=32, max=16384),
-        3: torch.export.Dim("width", min=32, max=16384),
+        2: torch.export.Dim("height", min=33, max=16384),
+        3: torch.export.Dim("width", min=33, max=16384),
     }
     images = torch.zeros(2, 3, 96, 160, dtype=torch.uint8)
+    network = without_ceil_mode(network)
     return torch.export.export(network, (images,), dynamic_shapes={"images": sides})
 
 

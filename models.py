@@ -194,11 +194,11 @@ class SameConv(nn.Conv2d):
         self.trained_stride, self.dense = stride, dense
 
     def pads(self, size: int) -> tuple[int, int]:
-        kernel, stride, dilation = self.kernel_size[0], self.trained_stride, self.dilation[0]
-        size = -(-size // dilation)  # the grid of the strided network
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        before = total // 2
-        after = kernel - 1 - before if self.dense else total - before
+        """(before, after) for stride 2: an even size has one less before."""
+        kernel, dilation = self.kernel_size[0], self.dilation[0]
+        size = (size + dilation - 1) // dilation  # the grid of the strided network
+        before = kernel // 2 - 1 + size % 2
+        after = kernel - 1 - before if self.dense else kernel // 2
         return dilation * before, dilation * after
 
     def forward(self, x: Tensor) -> Tensor:

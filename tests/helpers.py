@@ -259,6 +259,11 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def steps_logged(out: Path) -> list[dict]:
+    """The lines of single steps, without those of scores."""
+    return [line for line in metrics(out) if "seg" in line]
+
+
 def replace_g_step(monkeypatch, g_step) -> None:
     """Every method of the table takes this step of G, until the test ends."""
     for name, method in METHODS.items():

@@ -20,8 +20,8 @@ from helpers import (
     assert_equal,
     interrupt_at,
     last_tensors,
-    metrics,
     part,
+    steps_logged,
     studied,
     study_error,
     write_png,
@@ -243,7 +243,7 @@ def test_study_a_shared_warm_up_changes_no_bit(scenes, tmp_path):
         parts = ("G.", "opt_g.") if name == "source" else ("",)
         for prefix in parts:
             assert_equal(*(part(last_tensors(x), prefix) for x in (here, alone)))
-        steps = ([x for x in metrics(folder) if "seg" in x][-2:] for folder in (here, alone))
+        steps = (steps_logged(folder)[-2:] for folder in (here, alone))
         assert next(steps) == next(steps)
         kept = json.loads((here / "eval.json").read_text())
         again = json.loads((alone / "eval.json").read_text())
