@@ -270,7 +270,7 @@ def test_compilation_a_run_is_as_if_no_check_had_been_made(few, tmp_path, monkey
     log, wanted = steps_logged(fallen_back), steps_logged(plain)
     assert [line["step"] for line in log] == [line["step"] for line in wanted]
     for line, other in zip(log, wanted, strict=True):
-        assert line == pytest.approx(other, rel=1e-2)
+        assert line == pytest.approx(other, rel=1e-2 if amp == "off" else 5e-2)
 
 
 @pytest.mark.slow

