@@ -283,12 +283,11 @@ def logged(flags: Flags, result: dict) -> dict:
             last = answers[-max(1, len(answers) // 5) :]
             found[name] = float(np.mean([line[key] for line in last]))
     scores = {x["step"]: x for x in lines if "target_iou" in x and x["step"] > hyper.adv_start}
-    if scores:
-        points = {step: {k.removeprefix("target_"): v for k, v in scores[step].items()}
-                  for step in sorted(scores)}  # fmt: skip
-        first = {hyper.adv_start: result["before"]} if "before" in result else {}
-        points = first | points | {hyper.steps: result}
-        found["curve"] = [point_of_curve(step, x, answers) for step, x in points.items()]
+    points = {hyper.adv_start: result["before"]} if "before" in result else {}
+    for step in sorted(scores):
+        points[step] = {k.removeprefix("target_"): v for k, v in scores[step].items()}
+    points[hyper.steps] = result
+    found["curve"] = [point_of_curve(step, x, answers) for step, x in points.items()]
     return found
 
 

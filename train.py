@@ -278,7 +278,8 @@ def introduce(
             f"{settings.backbone}: {flags} H W changes it",
             soft_wrap=True,
         )
-    if adversarial and min(rows, columns) < FEW_CELLS:
+    weighs = "lambda_local" not in METHODS[hyper.method].unused
+    if weighs and min(rows, columns) < FEW_CELLS:
         console.print(
             f"warning: D answers with {rows}x{columns} numbers for an image, so the place of the "
             "weight cannot matter: give --d-strides with fewer 2s",

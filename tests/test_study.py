@@ -432,6 +432,19 @@ def test_study_quick_of_everything_leaves_no_part_out(tmp_path):
     assert study.parse(["sweep"])["sweep"].seeds == study.TUNING_SEEDS
 
 
+@pytest.mark.slow
+def test_study_everything_ends_with_all_tables_and_figures(scenes, tmp_path):
+    """`all --quick` on images of 32x64 and runs of a few steps."""
+    study.main(["all", "--quick", *CELLS, "--images", "6", "--runs", str(tmp_path)])
+    made = {path.name.removesuffix(path.suffix) for path in tmp_path.glob(f"*{TASK}*.*")}
+    wanted = "table params ccd ccd-classes tsne figure5 weightmap disagreement disagreement-classes"
+    wanted += " transfer calibration"
+    assert {f"{name}-{TASK}" for name in wanted.split()} <= made, made
+    regimes = ("look-and-layout", "look-alone")
+    assert {f"control-{TASK}-{regime}" for regime in regimes} <= made, made
+    assert {f"claims-{TASK}-{regime}" for regime in (*regimes, "scenes-drawn-anew")} <= made, made
+
+
 def test_study_disagreement_has_no_shift_of_streets_on_photographs():
     s = study.parse(["disagreement", "--tgt", "folder", "--backbone", "lite0"])["disagreement"]
     for change in study.head_settings(s).values():
