@@ -149,6 +149,22 @@ def check_indices(image: Image.Image, path: Path) -> np.ndarray:
     return np.asarray(image)  # a palette image gives its indices, not its colours
 
 
+def read_mask(path: Path) -> np.ndarray:
+    """The ids in a mask of a folder, H W uint8: 1, 8 or 16 bits of grey, a palette, or grey RGB.
+
+    Ids of a 1-bit mask are 0 and 1, as in the file.
+    """
+    image = decode(path)
+    ids = np.asarray(image)
+    if image.mode == "RGB" and (ids == ids[..., :1]).all():
+        return ids[..., 0]
+    if image.mode not in ("1", "I", "I;16"):
+        return check_indices(image, path)
+    if ids.min() < 0 or ids.max() > 255:
+        raise ValueError(f"{path} holds the id {ids.max()}: write ids up to 255 into its labels")
+    return ids.astype(np.uint8)
+
+
 def map_ids(ids: np.ndarray, to_train_ids: np.ndarray, path: Path, list_file: str) -> np.ndarray:
     """The train ids of a label. list_file: where its ids are listed, for a folder."""
     label = to_train_ids[ids]
@@ -459,7 +475,7 @@ def label_at(dataset: DataSet, i: int) -> np.ndarray:
     if dataset.name != "folder":
         return read_label(path, dataset.name)
     list_file = Path(dataset.root or "") / "classes.json"
-    return map_ids(read_indices(path), read_classes(list_file).to_train_ids, path, str(list_file))
+    return map_ids(read_mask(path), read_classes(list_file).to_train_ids, path, str(list_file))
 
 
 def check_pair(dataset: DataSet, i: int, image: np.ndarray, label: np.ndarray) -> None:

@@ -8,6 +8,7 @@ torchrun tells each process its number in environment variables. Only `launch` r
 
 import contextlib
 import ctypes
+import errno
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -227,4 +228,5 @@ def data_parallel(method: Method, G: nn.Module, D: nn.Module | None) -> Method:
 def does_not_fit(error: BaseException) -> bool:
     """Whether an error means that the memory is too small. Libraries say it in different words."""
     words = ("out of memory", "can't allocate memory", "find an engine", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return full or any(word in str(error) for word in words)

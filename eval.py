@@ -455,10 +455,10 @@ def main(argv=None) -> None:
         run, args = evaluate_main, command.parse_args(argv)
     try:
         run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except (RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if not does_not_fit(error):
+            if isinstance(error, (ValueError, OSError)):
+                sys.exit(f"error: {error}")
             raise
         first = (str(error) or "no memory").splitlines()[0].rstrip(".")
         sys.exit(

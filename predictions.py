@@ -215,6 +215,8 @@ def predict_main(args: argparse.Namespace) -> None:
     if args.run.suffix.lower() in KINDS:
         if args.maps:
             raise ValueError(f"{args.run} has no second head, so it has no M: drop --maps")
+        if args.device not in ("auto", "cpu"):
+            raise ValueError(f"an exported file runs on the CPU here: drop --device {args.device}")
         G, metadata = load_exported(args.run)
     else:
         how = {"backbone": args.backbone, "lineage": args.lineage, "say": console.print}

@@ -40,6 +40,7 @@ from control import (
     instrument,
     on_streets,
 )
+from devices import does_not_fit
 from figures import (
     bars,
     ccd,
@@ -70,6 +71,7 @@ from runs import (
     write,
 )
 from settings import Flags, add_run_flags, configure, flag_of
+from train import LESS_MEMORY
 from tuning import TUNING_SEEDS, sweep
 
 # Tables 1 and 2.
@@ -608,7 +610,12 @@ def main(argv: list[str] | None = None) -> None:
     except (Stopped, KeyboardInterrupt):
         print("stopped; run the same command to go on", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        if does_not_fit(error):
+            first = (str(error) or "no memory").splitlines()[0]
+            sys.exit(f"error: {first} {LESS_MEMORY} Or fewer --jobs.")
+        if not isinstance(error, (ValueError, OSError, FloatingPointError)):
+            raise
         sys.exit(f"error: {error}")
 
 

@@ -539,12 +539,12 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped at once; go on from the last checkpoint, if there is one, with --resume")
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        sys.exit(f"error: {error}" + "; make room, then go on with --resume" * full)
-    except (RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         if devices.does_not_fit(error):
             sys.exit(f"error: {(str(error) or 'no memory').splitlines()[0]} {LESS_MEMORY}")
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            full = getattr(error, "errno", None) == errno.ENOSPC
+            sys.exit(f"error: {error}" + "; make room, then go on with --resume" * full)
         lost = any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
         if place.world == 1 or not lost:
             raise

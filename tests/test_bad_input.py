@@ -113,7 +113,7 @@ def complaint(program, argv: list, capsys) -> str:
 @pytest.mark.parametrize("part", ("image", "label"))
 @pytest.mark.parametrize("name", ("gta5", "synthia", "cityscapes", "folder"))
 def test_bad_input_every_damaged_or_strange_file_is_named(tmp_path, capsys, name, part):
-    """188 files in all."""
+    """185 files in all."""
     root = tmp_path / "set"
     image, label = small_set(name, root)
     assert data.main([name, "--dir", str(root)]) == 0
@@ -122,6 +122,8 @@ def test_bad_input_every_damaged_or_strange_file_is_named(tmp_path, capsys, name
     cases = damaged_files(path.read_bytes())
     if part == "label":
         cases |= strange_labels(np.asarray(Image.open(label).convert("L")))
+        taken = ("RGB", "1 bit", "16 bit grey") if name == "folder" else ()
+        cases = {case: content for case, content in cases.items() if case not in taken}
     for case, content in cases.items():
         path.write_bytes(content)
         said = complaint(data.main, [name, "--dir", root], capsys)
@@ -129,7 +131,7 @@ def test_bad_input_every_damaged_or_strange_file_is_named(tmp_path, capsys, name
         assert "1 of 2 pairs are wrong" in said or "error: " in said, case
         assert REMEDY.search(said), (case, said)
         assert path.read_bytes() == content, case
-    assert len(cases) == (17 if part == "image" else 30)
+    assert len(cases) == (17 if part == "image" else 27 if name == "folder" else 30)
 
 
 @pytest.mark.parametrize("part", ("image", "label"))

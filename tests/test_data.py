@@ -316,8 +316,24 @@ def test_data_an_undefined_id_in_a_folder_is_refused_and_named(tmp_path):
 
 def test_data_an_rgb_label_in_a_folder_is_refused(tmp_path):
     dataset = data.open_dataset("folder", "target", "train", make_folder(tmp_path))
-    write_png(dataset.items[0][1], np.zeros((24, 40, 3), np.uint8))
+    write_png(dataset.items[0][1], np.arange(24 * 40 * 3).reshape(24, 40, 3).astype(np.uint8))
     with pytest.raises(ValueError, match=r"0.png has pixels of mode RGB.*not its colour picture"):
+        data.label_at(dataset, 0)
+
+
+def test_data_masks_of_a_folder_may_have_1_or_16_bits_or_three_equal_channels(tmp_path):
+    dataset = data.open_dataset("folder", "target", "train", make_folder(tmp_path))
+    path = dataset.items[0][1]
+    ids = np.arange(24 * 40).reshape(24, 40) % 2
+    for pixels in (
+        ids.astype(bool),
+        ids.astype(np.uint16),
+        np.stack([ids.astype(np.uint8)] * 3, 2),
+    ):
+        write_png(path, pixels)
+        assert (data.label_at(dataset, 0) == ids).all()
+    write_png(path, (ids + 255).astype(np.uint16))
+    with pytest.raises(ValueError, match=r"0.png holds the id 256: write ids up to 255"):
         data.label_at(dataset, 0)
 
 
