@@ -11,6 +11,7 @@ A wrong file gives a ValueError of one sentence that names the file and the reme
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +39,7 @@ ORIENTATION = 274  # the EXIF tag; from 5 on height and width are exchanged
 
 
 Size = tuple[int, int]  # H W
-# Label files: all must exist | all or none | a missing one is an error when read | none is opened
+# Label files: all must exist | all or none | none, or a missing one is an error when read | none
 Labels = Literal["required", "optional", "unchecked", "none"]
 
 
@@ -249,17 +250,17 @@ def pair(
 
 
 def complete(pairs: tuple, labels: Labels, where: Path, layout: str) -> tuple:
-    """The pairs, without labels if these are optional and their folders hold no file.
+    """The pairs, without labels if these are not required and their folders hold no file.
 
-    Raises ValueError if a label is missing. Labels of other names are no missing labels: then the
-    first that was looked for is named.
+    Raises ValueError if a label is missing, unless they are unchecked. Labels of other names are
+    no missing labels: then the first that was looked for is named.
     """
-    missing = [label for _, label in pairs if not label.is_file()] if labels != "unchecked" else []
-    if labels == "optional" and len(missing) == len(pairs):
+    missing = [label for _, label in pairs if not label.is_file()]
+    if labels != "required" and len(missing) == len(pairs):
         folders = {label.parent for label in missing}
         if not any(place.is_dir() and any(place.iterdir()) for place in folders):
             return tuple((image, None) for image, _ in pairs)
-    if missing:
+    if missing and labels != "unchecked":
         raise ValueError(
             f"{len(missing)} of {len(pairs)} images in {where} have no label, the first "
             f"missing label is {missing[0]}: {layout}"
@@ -323,16 +324,27 @@ def folder_of_images(folder: Path, split: str, labels: Labels) -> Path:
     where = folder / "images" / split
     parts = [folder / "images" / name for name in ("train", "val", "test")]
     parts += [folder / "labels", folder / "classes.json"]
-    if labels != "none" or any(part.exists() for part in parts):
+    if labels in ("required", "optional") or any(part.exists() for part in parts):
         return where
     return folder / "images" if (folder / "images").is_dir() else folder
 
 
 def photographs_below(folder: Path) -> list[Path]:
-    """The photographs of a folder and its folders, but for names that begin with a dot."""
-    found = folder.rglob("*")
-    kept = [p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    return sorted(p for p in kept if not p.is_dir())
+    """The photographs of a folder and its folders, but for names that begin with a dot.
+
+    Links to folders are followed, to each folder once.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        if (real := os.path.realpath(place)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        files = (Path(place, name) for name in names if not name.startswith("."))
+        found += [path for path in files if path.suffix.lower() in SUFFIXES]
+    return sorted(found)
 
 
 def open_folder(
@@ -430,7 +442,10 @@ def has_split(name: str, folder: Path | None, split: str) -> bool:
         classes = read_classes(Path(folder) / "classes.json")
         if classes.images:
             return split in classes.images
-    return not (kind.images and folder) or (Path(folder) / kind.images / split).is_dir()
+    if not (kind.images and folder):
+        return True
+    place = Path(folder) / kind.images / split
+    return place.is_dir() and any(place.iterdir())
 
 
 def default_folder(name: str, data: Path) -> Path | None:
@@ -663,12 +678,16 @@ def shared_classes(source: DataSet, target: DataSet) -> tuple[np.ndarray, tuple,
 
 
 def check(dataset: DataSet, console: Console) -> list[str]:
-    """Read every file, print its faults and the class frequencies, and return the faults."""
+    """Read every file, print its faults and the class frequencies, and return the faults.
+
+    Of a data set without labels the images alone.
+    """
     wrong, notes = [], []
     pixels, seen = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for i in track(range(len(dataset)), f"reading {dataset.name}", console=console):
         try:
-            image, label = image_at(dataset, i), label_at(dataset, i)
+            image = image_at(dataset, i)
+            label = label_at(dataset, i) if dataset.has_labels else np.zeros(image.shape[:2], int)
             check_pair(dataset, i, image, label)
         except ValueError as error:
             wrong.append(str(error))
@@ -683,10 +702,12 @@ def check(dataset: DataSet, console: Console) -> list[str]:
     for i, name in (*enumerate(dataset.classes), (IGNORE, "unlabelled")):
         shares = 100 * pixels[i] / max(pixels.sum(), 1), 100 * seen[i] / len(dataset)
         table.add_row(name, *(f"{share:.2f}" for share in shares))
-    console.print(table)
+    if dataset.has_labels:
+        console.print(table)
     for sentence in (*(f"note: {n}" for n in notes), *wrong):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{len(wrong)} of {len(dataset)} pairs are wrong, {len(notes)} notes")
+    what = "pairs" if dataset.has_labels else "images"
+    console.print(f"{len(wrong)} of {len(dataset)} {what} are wrong, {len(notes)} notes")
     return wrong
 
 
@@ -700,8 +721,11 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         folder = args.dir or default_folder(args.dataset, args.data)
+        console = Console()
         dataset = open_dataset(args.dataset, args.role, args.split, folder, labels="unchecked")
-        return 1 if check(dataset, Console()) else 0
+        if not dataset.has_labels:
+            console.print("no labels: the images alone are read, which is enough for a target")
+        return 1 if check(dataset, console) else 0
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

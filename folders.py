@@ -7,7 +7,8 @@
 
 A pattern is a path below the folder. `*` stands for a part of one folder's or file's name, and
 `{name}` for what an image and its label have in common. Without patterns the files are in
-images/SPLIT and labels/SPLIT. The classes of two data sets are matched by name.
+images/SPLIT and labels/SPLIT. A target without labels may have `images` alone. The classes of two
+data sets are matched by name.
 """
 
 import json
@@ -37,10 +38,11 @@ class ClassList(NamedTuple):
 def read_classes(path: Path) -> ClassList:
     """A classes.json. Raises ValueError, with its path, for one that makes no sense."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=different_keys)
         if not isinstance(content, dict) or set(content) - KEYS:
             raise ValueError(f"it may hold no keys but {', '.join(sorted(KEYS))}")
-        names, train_ids = names_and_ids(content)
+        unlabelled = bool(content.get("images")) and not content.keys() & {"names", "ids", "labels"}
+        names, train_ids = ((), {}) if unlabelled else names_and_ids(content)
         ignore = content.get("ignore", [])
         free = isinstance(ignore, list) and all(is_id(i) and i not in train_ids for i in ignore)
         if not free:
@@ -53,6 +55,14 @@ def read_classes(path: Path) -> ClassList:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a class list ({error}): write {EXAMPLES}") from error
     return ClassList(names, id_table(ignore, train_ids), *patterns)
+
+
+def different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. JSON itself would take the last of two equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key is there twice among {', '.join(key for key, _ in pairs)}")
+    return found
 
 
 def is_id(value: Any) -> bool:

@@ -246,3 +246,39 @@ def test_folders_labels_of_one_class_alone_are_no_score(few, tmp_path, capsys):
     evaluation.main([str(out), "--device", "cpu"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "only road occurs" in shown and "100.0" not in shown and not scored.err
+
+
+def test_folders_an_unlabelled_folder_can_be_checked(tmp_path, capsys):
+    """Photographs alone, or with patterns for images alone."""
+    photographs(tmp_path / "plain", "a.png", "trip/b.png")
+    photographs(tmp_path / "listed", "rgb/a.png", "rgb/b.png")
+    write_class_list(tmp_path / "listed", {"images": {"train": "rgb/{name}.png"}})
+    for name in ("plain", "listed"):
+        assert data.main(["folder", "--dir", str(tmp_path / name)]) == 0
+        assert "0 of 2 images are wrong" in capsys.readouterr().out
+    (tmp_path / "plain" / "trip" / "b.png").write_bytes(b"")
+    assert data.main(["folder", "--dir", str(tmp_path / "plain")]) == 1
+    assert "1 of 2 images are wrong" in capsys.readouterr().out
+
+
+def test_folders_links_to_folders_are_followed_once(tmp_path):
+    photographs(tmp_path / "far", "b.png")
+    photographs(tmp_path / "here", "a.png")
+    (tmp_path / "here" / "more").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "here")
+    found = data.photographs_below(tmp_path / "here")
+    assert found == [tmp_path / "here" / "a.png", tmp_path / "here" / "more" / "b.png"]
+
+
+def test_folders_an_empty_val_is_no_val(tmp_path):
+    photographs(tmp_path, "images/train/a.png")
+    (tmp_path / "images" / "val").mkdir()
+    assert not data.has_split("folder", tmp_path, "val")
+    photographs(tmp_path, "images/val/a.png")
+    assert data.has_split("folder", tmp_path, "val")
+
+
+def test_folders_a_key_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "classes.json").write_text('{"ids": {"0": "road", "1": "car", "0": "sky"}}')
+    with pytest.raises(ValueError, match="a key is there twice among 0, 1, 0"):
+        folders.read_classes(tmp_path / "classes.json")
