@@ -88,17 +88,21 @@ def spread_images(dataset: data.DataSet, count: int) -> Iterator[tuple]:
     yield from data.checked(pairs[int(i)] for i in picks)
 
 
+MEASURED = 100  # images at most, where no label is read
+
+
 def unlabelled(
-    G: Generator, dataset: data.DataSet, classes: Sequence[str], most: int = 100
+    G: Generator, dataset: data.DataSet, classes: Sequence[str], bar: Progress | None = None
 ) -> dict:
-    """What can be said without a label, over at most `most` images evenly spread over a split.
+    """What can be said without a label, over at most MEASURED images, evenly spread over a split.
 
     {"confidence", "m", "shares"}: the mean of the ensemble's largest probability, the mean of M,
     and the share of the pixels that is predicted as each of G's classes. Leaves G in evaluation
     mode.
     """
     confidence, m, counts = [], [], np.zeros(G.num_classes)
-    for _, image, _ in spread_images(dataset, most):
+    total = min(MEASURED, len(dataset))
+    for _, image, _ in tracked(spread_images(dataset, MEASURED), bar, "measuring", total):
         p, m_of_image = ensemble_and_m(G, image, image.shape[-2:])
         best, ids = p.max(dim=0)
         confidence.append(best.mean().item())

@@ -273,6 +273,10 @@ def add_run_flags(
     """
     settings, hyper = configure(flags or {})
     values = vars(settings) | vars(hyper)
+    for side in ("src", "tgt"):
+        known_size = DATASETS[values[side]].size
+        if values[f"{side}_size"] is None and known_size:
+            values |= {f"{side}_size": known_size}
     for cls in (Settings, clan.Hyper):
         add_flags(parser, cls, values, without=without)
     known = {field.name for field in fields(clan.Hyper)}
@@ -322,7 +326,9 @@ def parse(argv: list[str] | None, description: str = "") -> tuple[Flags, Path | 
     if asked:
         rest = [word for word in argv if word not in asked]
         try:
-            flags, _ = flags_in(parser.parse_args(rest))
+            flags, resume = flags_in(parser.parse_args(rest))
+            if resume is not None:
+                flags, _ = resumed(flags, resume, lambda *_, **__: None)
             parser = run_parser(description, flags)
         except ValueError as error:
             parser.error(str(error))

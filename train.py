@@ -437,11 +437,11 @@ def scored(
     bar: Progress,
 ) -> dict:
     """IoU on the target's split if it has labels, and what its images say without them."""
-    result: dict = {"images": len(val)}
+    result: dict = {"images": min(len(val), evaluation.MEASURED)}
     if val.has_labels:
         how: Any = {"device": device, "amp": amp, "workers": workers, "bar": bar}
         result = evaluation.score(G, source, val, **how)
-    return result | evaluation.unlabelled(G, val, source.classes)
+    return result | evaluation.unlabelled(G, val, source.classes, bar)
 
 
 def checkpoint(

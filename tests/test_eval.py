@@ -519,7 +519,7 @@ def test_eval_unlabelled_says_of_a_split_what_needs_no_label():
             return logits_1, logits_2
 
     val = data.open_dataset("streets", "target", "val", size=(32, 64))
-    found = evaluation.unlabelled(Two(), val, ("road", "sky"), most=2)
+    found = evaluation.unlabelled(Two(), val, ("road", "sky"))
     assert found["confidence"] == pytest.approx(1, abs=0.02)
     assert found["m"] == pytest.approx(0.5, abs=0.05) and list(found["shares"]) == ["road", "sky"]
     assert found["shares"]["sky"] == pytest.approx(0.5, abs=0.05)

@@ -484,7 +484,7 @@ def help_of(capsys, *flags: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_train_help_shows_the_defaults_of_the_run_that_is_asked_for(capsys):
+def test_train_help_shows_the_defaults_of_the_run_that_is_asked_for(capsys, finished):
     first, paper = help_of(capsys), help_of(capsys, "--src", "gta5", "--backbone", "r101")
     _, hyper = configure({})
     assert f"iterations [{hyper.steps}]" in first and "iterations [100000]" in paper
@@ -492,6 +492,8 @@ def test_train_help_shows_the_defaults_of_the_run_that_is_asked_for(capsys):
     assert "[runs/gta5-cityscapes-r101-clan-seed0]" in paper
     tan = help_of(capsys, "--method", "tan", "--lambda-adv", "0.125")
     assert "weight of Eq. 5 in Eq. 6 [0.125]" in tan
+    assert "the data set's [720 1280]" in paper and "the data set's [512 1024]" in paper
+    assert "iterations [8]" in help_of(capsys, "--resume", str(finished))
     for text in (first, paper, tan):
         assert text.startswith("usage: python train.py [flags] Training")
         titles = [text.index(f"{title}:") for title in dict.fromkeys(groups(Settings).values())]
