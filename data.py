@@ -639,6 +639,19 @@ class Pairs(torch.utils.data.Dataset):
         return or_error(pair_at, self.dataset, i)
 
 
+class LabelsOf(torch.utils.data.Dataset):
+    """The labels of a data set: (i) -> H W uint8 train ids."""
+
+    def __init__(self, dataset: DataSet):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int):
+        return or_error(label_at, self.dataset, i)
+
+
 def pair_at(dataset: DataSet, i: int):
     image = image_at(dataset, i)
     if dataset.has_labels:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from clan import Hyper
 from methods import Method
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -205,7 +206,7 @@ class Step(nn.Module):
         return self.step(*arguments)
 
 
-def data_parallel(method: Method, G: nn.Module, D: nn.Module | None) -> Method:
+def data_parallel(method: Method, G: nn.Module, D: nn.Module | None, hyper: Hyper) -> Method:
     """The method with steps whose backward averages gradients over all processes.
 
     BatchNorm's running statistics are those of rank 0. Each process averages the segmentation loss
@@ -215,12 +216,14 @@ def data_parallel(method: Method, G: nn.Module, D: nn.Module | None) -> Method:
     if not in_group():
         return method
     wrap = torch.nn.parallel.DistributedDataParallel
+    more = getattr(D, "of_g", None)
+    trained = G if more is None else nn.ModuleList([G, more])  # `more` begins at adv_start
+    steps = method.later_steps(hyper)  # one of these may train only a part of G
+    wrapped = {s: wrap(Step(s, G), find_unused_parameters=True) for s in set(steps)}
     return replace(
         method,
-        g_step=wrap(Step(method.g_step, G)),
-        later_steps=tuple(  # one of these may train only a part of G
-            wrap(Step(step, G), find_unused_parameters=True) for step in method.later_steps
-        ),
+        g_step=wrap(Step(method.g_step, trained), find_unused_parameters=more is not None),
+        later_steps=lambda hyper: tuple(wrapped[step] for step in steps),
         d_step=method.d_step if D is None else wrap(Step(method.d_step, D)),
     )
 

@@ -132,15 +132,8 @@ def evaluate(
     rank, world = ranks()
     to_source = torch.from_numpy(to_source_ids).to(device)
     confusion = torch.zeros(G.num_classes, G.num_classes, dtype=torch.int64, device=device)
-    batch = 16 if dataset.size[0] * dataset.size[1] <= 256 * 512 else 1
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(data.Pairs(dataset), range(rank, len(dataset), world)),
-        batch_size=batch,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=data.ignore_signals,
-        generator=torch.Generator(),  # not torch's own, which training draws from
-    )
+    part = torch.utils.data.Subset(data.Pairs(dataset), range(rank, len(dataset), world))
+    loader = batches(part, dataset.size, workers)
     for pairs in tracked(data.checked(loader), bar, "scoring", len(dataset) // world):
         indices, images, labels = zip(*pairs, strict=True)
         sizes = [label.shape for label in labels]
@@ -153,6 +146,18 @@ def evaluate(
     if world > 1:
         torch.distributed.all_reduce(confusion)
     return confusion.cpu()
+
+
+def batches(items: torch.utils.data.Dataset, size: data.Size, workers: int) -> Any:
+    """A loader of lists of items in their order: 16 at a time if images have a small `size`."""
+    return torch.utils.data.DataLoader(
+        items,
+        batch_size=16 if size[0] * size[1] <= 256 * 512 else 1,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=data.ignore_signals,
+        generator=torch.Generator(),  # not torch's own, which training draws from
+    )
 
 
 def scores(confusion: torch.Tensor, classes, scored) -> dict:

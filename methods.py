@@ -10,14 +10,16 @@ this method accepts. CONTRIBUTING.md lists all places to change.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+import alignment
+import baselines
 import clan
-from clan import Hyper, Terms
-
-State = dict[str, Tensor]  # what a method carries from step to step, saved in each checkpoint
+from baselines import State
+from clan import Hyper, Phase, Terms
 
 # Fields of Hyper that only CLAN reads, and those that every adversarial method reads.
 CLAN_ONLY = {"lambda_weight", "cos_offset", "cos_biases", "lambda_local", "eps"}
@@ -25,6 +27,7 @@ CLAN_ONLY |= {"adaptive_start", "detach_m", "m_control", "m_mean1"}
 D_SHAPE = {"d_channels", "d_strides"}  # also of the D that a source-only checkpoint holds
 D_ONLY = D_SHAPE | {"lr_d", "d_schedule", "beta1_d", "beta2_d", "weight_decay_d"}
 ADVERSARIAL = D_ONLY | {"lambda_adv", "damping", "minimax"}
+NOT_OF_BASELINES = CLAN_ONLY | {"damping", "minimax"}  # of those that have a D
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,104 @@ class Method:
     warm_up: str = "source"  # methods with the same word take the same steps before adv_start
     g_step: Callable[..., tuple[Tensor, Terms, Any]] = clan.g_step
     # Further steps of G from adv_start on. Each maps (G, batch, phase, hyper) to (loss, terms).
-    later_steps: tuple[Callable[..., tuple[Tensor, Terms]], ...] = ()
+    later_steps: Callable[[Any], tuple[Callable[..., tuple[Tensor, Terms]], ...]] = lambda hyper: ()
     d_step: Callable[..., tuple[Tensor, Terms]] = clan.d_step
-    # The state is made from (G, hyper) and after each step from (state, G, terms, hyper).
-    first_state: Callable[[Any, Hyper], State] | None = None
-    next_state: Callable[[State, Any, Terms, Hyper], State] | None = None
+    # What has D's place, from (G, hyper); None: models.Discriminator. Its part `of_g`, if it has
+    # one, learns with the heads of G.
+    build_d: Callable[[Any, Any], Any] | None = None
+    # The state is made from (G, hyper). Parts of it are made anew before each step, from (step, G,
+    # images, hyper), and after it, from (state, G, terms, hyper).
+    first_state: Callable[[Any, Any], State] | None = None
+    before_step: Callable[[int, Any, baselines.Images, Any], State] | None = None
+    next_state: Callable[[State, Any, Terms, Any], State] | None = None
+    moves_g: Callable[[State, Phase, Any], bool] = lambda state, phase, hyper: True  # in this step
 
 
 METHODS = {
     "source": Method("source only", CLAN_ONLY | ADVERSARIAL, reads_target=False),
     "tan": Method("TAN", CLAN_ONLY),
     "clan": Method("CLAN", set(), warm_up="clan"),
+    "minent": Method(
+        "MinEnt",
+        CLAN_ONLY | ADVERSARIAL,
+        baselines.MinEntHyper,
+        has_d=False,
+        g_step=baselines.minent_step,
+    ),
+    "advent": Method("AdvEnt", NOT_OF_BASELINES, g_step=baselines.advent_step),
+    "mcd": Method(
+        "MCD",
+        CLAN_ONLY | ADVERSARIAL,
+        baselines.McdHyper,
+        has_d=False,
+        g_step=baselines.mcd_step,
+        later_steps=baselines.mcd_later_steps,
+    ),
+    "st": Method(
+        "ST",
+        CLAN_ONLY | ADVERSARIAL,
+        baselines.SelfTrainingHyper,
+        has_d=False,
+        g_step=baselines.self_training_step,
+        first_state=baselines.first_labeller,
+        before_step=partial(baselines.new_round, balanced=False),
+    ),
+    "cbst": Method(
+        "CBST",
+        CLAN_ONLY | ADVERSARIAL,
+        baselines.SelfTrainingHyper,
+        has_d=False,
+        g_step=baselines.self_training_step,
+        first_state=baselines.first_labeller,
+        before_step=partial(baselines.new_round, balanced=True),
+    ),
+    "multi": Method(
+        "TAN, two levels",
+        NOT_OF_BASELINES,
+        baselines.MultiHyper,
+        g_step=baselines.multi_step,
+        d_step=baselines.multi_d_step,
+        build_d=baselines.Levels,
+    ),
+    "cycada": Method(
+        "CyCADA, features",
+        NOT_OF_BASELINES | D_SHAPE,
+        alignment.CycadaHyper,
+        g_step=alignment.cycada_step,
+        d_step=alignment.pixel_d_step,
+        build_d=alignment.cycada_d,
+        first_state=alignment.first_accuracies,
+        next_state=alignment.next_accuracies,
+        moves_g=alignment.gate_is_open,
+    ),
+    "fcns_wild": Method(
+        "FCNs in the wild",
+        NOT_OF_BASELINES | D_SHAPE,
+        alignment.FcnsWildHyper,
+        g_step=alignment.fcns_wild_step,
+        d_step=alignment.pixel_d_step,
+        build_d=alignment.fcns_wild_d,
+        first_state=alignment.first_sizes,
+        before_step=alignment.sizes_of_source,
+    ),
+    "cross_city": Method(
+        "Cross-city",
+        NOT_OF_BASELINES | D_SHAPE,
+        alignment.CrossCityHyper,
+        g_step=alignment.cross_city_step,
+        d_step=alignment.cross_city_d_step,
+        build_d=alignment.cross_city_d,
+        first_state=alignment.first_class_begun,
+        before_step=alignment.class_begins,
+    ),
+    "cda": Method(
+        "CDA",
+        NOT_OF_BASELINES | D_SHAPE | {"lambda_adv"},
+        alignment.CdaHyper,
+        g_step=alignment.cda_step,
+        d_step=alignment.easy_d_step,
+        build_d=alignment.easy_tasks,
+    ),
 }
 
 

@@ -37,7 +37,7 @@ from rich.table import Table
 import clan
 import eval as evaluation
 import train
-from checkpoints import BEFORE, owned, read_checkpoint, read_metadata, save, saved
+from checkpoints import BEFORE, owned, pack, read_checkpoint, read_metadata, save, saved
 from devices import find_device, machine
 from methods import ADVERSARIAL, CLAN_ONLY, D_SHAPE, METHODS, unused_fields
 from settings import FREE, Flags, Settings, configure, flag_of, refuse_other_version
@@ -214,7 +214,7 @@ def warm_up(flags: Flags) -> str:
     if kind == "source":  # these steps read no field of Eq. 4 or of another method
         not_its_own = CLAN_ONLY | unused_fields("source")
         fields = {k: v for k, v in fields.items() if k not in not_its_own - D_SHAPE}
-    fields |= {"method": kind, "has_d": method.has_d, "has_state": bool(method.first_state)}
+    fields |= {"method": kind}
     # "batch" and "before" differ only after adv_start
     fields |= {"batchnorm": clan.uses_batch_statistics(0, hyper)}
     return json.dumps(fields, sort_keys=True)
@@ -235,8 +235,24 @@ def adopt(donor: Path, flags: Flags) -> Path:
     if not METHODS[hyper.method].reads_target:
         return start
     metadata = read_metadata(start) | {"settings": all_fields(flags)}
-    save(settings.folder / BEFORE, read_checkpoint(start)[0], metadata)
+    tensors = first_tensors(settings, hyper, len(metadata["classes"]))
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(OF_WARM_UP)}
+    trained = read_checkpoint(start)[0]
+    tensors |= {k: v for k, v in trained.items() if k.startswith(OF_WARM_UP)}
+    save(settings.folder / BEFORE, tensors, metadata)
     return settings.folder / BEFORE
+
+
+OF_WARM_UP = ("G.", "opt_g.")  # what steps before adv_start change: neither D nor a method's state
+
+
+def first_tensors(settings: Settings, hyper: clan.Hyper, num_classes: int) -> dict:
+    """What the first checkpoint of a run would hold, on the CPU."""
+    cpu, quiet = torch.device("cpu"), Console(quiet=True)
+    G, D = train.first_networks(settings, hyper, num_classes, cpu, settings.folder, quiet)
+    method = METHODS[hyper.method]
+    state = method.first_state(G, hyper) if method.first_state else {}
+    return pack(G, D, *train.build_optimizers(G, D, hyper), state)
 
 
 def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
@@ -381,7 +397,7 @@ def choose_donors(study: Study, missing: list[Flags]) -> dict[str, Path]:
 
     def keeps_warm_up(flags: Flags) -> bool:
         method = METHODS[flags.get("method", clan.Hyper.method)]
-        return method.reads_target and method.has_d and method.first_state is None
+        return method.reads_target and method.has_d and method.build_d is None
 
     usual = [study.cell(seed, method=m) for m in ("tan", "clan") for seed in study.seeds]
     usual = [flags for flags in usual if (flags["out"] / BEFORE).exists()]

@@ -534,10 +534,13 @@ def seeds_of(text: str) -> tuple[int, ...]:
     return seeds
 
 
+COMPARED = ("source", "tan", "clan")  # unless --methods says others
+
+
 def methods_of(text: str) -> tuple[str, ...]:
-    found = tuple(text.split(","))
+    found = tuple(METHODS) if text == "all" else tuple(text.split(","))
     if not set(found) <= set(METHODS) or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"choose from {','.join(METHODS)}, each once")
+        raise argparse.ArgumentTypeError(f"choose from {','.join(METHODS)}, each once, or all")
     return found
 
 
@@ -564,7 +567,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--runs", type=Path, help="where runs go [runs/study]")
     top.add_argument("--to", type=Path, help="where results go [that of --runs]")
     top.add_argument("--results", type=Path, help="of recorded runs [results, or that of --runs]")
-    top.add_argument("--methods", type=methods_of, help=f"to compare [{','.join(METHODS)}]")
+    top.add_argument(
+        "--methods", type=methods_of, help=f"to compare, or all [{','.join(COMPARED)}]"
+    )
     top.add_argument("--images", type=count_of, help="of each domain to measure features on [1000]")
     top.add_argument("--class", dest="curve_class", help="whose curve ccd draws [wall]")
     add_run_flags(top, without=SET_HERE)
@@ -594,7 +599,7 @@ def parse(argv: list[str]) -> dict[str, Study]:
     usual = runs == Path("runs") / "study" and "runs" not in of_study
     runs = of_study.pop("runs", runs)
     results = Path("results") if usual else runs / "results"  # trials of one's own go elsewhere
-    defaults: Flags = {"methods": tuple(METHODS), "jobs": 1, "curve_class": "wall"}
+    defaults: Flags = {"methods": COMPARED, "jobs": 1, "curve_class": "wall"}
     defaults |= {"seeds": (), "to": runs, "images": images, "results": results}
     command = shlex.join(["python", "study.py", *argv])
     study = Study(flags=flags, runs=runs, command=command, **defaults | of_study)

@@ -13,7 +13,7 @@ import errno
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ import clan
 import data
 import devices
 import eval as evaluation
+from baselines import Images
 from checkpoints import (
     BEFORE,
     commit,
@@ -92,9 +93,10 @@ def one_step(
     opt_g.zero_grad()
     g_loss.backward()
     terms["grad"] = gradient_norm(opt_g)
-    opt_g.step()
+    if method.moves_g(state, phase, hyper):  # CLAN: in every step
+        opt_g.step()
 
-    for later_step in method.later_steps if batch.target is not None else ():  # CLAN has none
+    for later_step in method.later_steps(hyper) if phase.adversarial else ():  # CLAN has none
         with autocast:
             later_loss, later_terms = later_step(G, batch, phase, hyper, *own_state)
         opt_g.zero_grad()
@@ -138,11 +140,14 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     set_batchnorm(G, train_affine=hyper.bn_affine, batch_statistics=True)
     what = what_to_compile(settings.compile, device, hyper, settings.recompute)
     compiled = CompiledSteps(method, what, G, console.print, decisions)
-    method = devices.data_parallel(compiled.method, G, D)
+    method = devices.data_parallel(compiled.method, G, D, hyper)
 
     log = open_log(settings, hyper, start, rank, console)
     batches = read_ahead(source, target, hyper, start, settings.seed, workers, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    images = Images(
+        partial(target_images, target, device, workers), partial(source_labels, source, workers)
+    )
     score = partial(scored, source=source, val=val, device=device, amp=amp, workers=workers)
     origin = {"classes": source.classes, "tgt_size": target.size, "world": world}
     origin["compiled"] = compiled.known
@@ -157,10 +162,12 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
             phase = clan.phase_at(step, hyper, device)
             set_rates(opt_g, opt_d, step, hyper)
             set_mode(G, phase, hyper)
+            if method.before_step:
+                state |= method.before_step(step, G, images, hyper)
             with compiled.chosen(Arguments(G, D, state, batch, phase, hyper, autocast)):
                 terms = one_step(method, *parts, batch, phase, hyper, autocast)
-            images = world * hyper.batch * (2 if uses_target(step, hyper) else 1)
-            log.add(step + 1, terms, images)
+            count = world * hyper.batch * (2 if uses_target(step, hyper) else 1)
+            log.add(step + 1, terms, count)
             after_step(step + 1, settings, hyper, log, stop, partial(score, G, bar=log.bar), keep)
     return finish(settings, hyper, source, val, G, score, device, console)
 
@@ -219,8 +226,12 @@ def first_networks(
         devices.keep_freed_memory()
     torch.manual_seed(settings.seed)
     G = Generator(settings.backbone, num_classes, settings.lineage, hyper.head_std)
-    has_d = METHODS[hyper.method].has_d
-    D = Discriminator(num_classes, hyper.d_channels, hyper.d_strides) if has_d else None
+    method = METHODS[hyper.method]
+    D = None
+    if method.build_d:
+        D = method.build_d(G, hyper)
+    elif method.has_d:
+        D = Discriminator(num_classes, hyper.d_channels, hyper.d_strides)
     if settings.init != "none" and not resume:
         load_weights(G, settings.init, say=console.print)
     if settings.merge_heads:
@@ -241,12 +252,16 @@ def build_optimizers(
         {"params": list(G.E.parameters())},
         {"params": [*G.C1.parameters(), *G.C2.parameters()]},
     ]
+    more: Any = getattr(D, "of_g", None)  # a head of the method's own
+    if more is not None:  # by itself, since it begins later
+        groups.append({"params": list(more.parameters())})
     decay_g, decay_d = hyper.weight_decay_g, hyper.weight_decay_d
     opt_g = torch.optim.SGD(groups, hyper.lr_g, hyper.momentum, weight_decay=decay_g, fused=fused)
     if D is None:
         return opt_g, None
     betas = (hyper.beta1_d, hyper.beta2_d)
-    opt_d = torch.optim.Adam(D.parameters(), hyper.lr_d, betas, weight_decay=decay_d, fused=fused)
+    of_d = [p for name, p in D.named_parameters() if not name.startswith("of_g.")]
+    opt_d = torch.optim.Adam(of_d, hyper.lr_d, betas, weight_decay=decay_d, fused=fused)
     return opt_g, opt_d
 
 
@@ -261,7 +276,8 @@ def introduce(
 ) -> None:
     """Say what will run, whether D can tell places apart, and which classes will not be scored."""
     rows, columns = cells_of(hyper.d_strides, target.crop if hyper.crop else target.size)
-    adversarial = METHODS[hyper.method].has_d and METHODS[hyper.method].reads_target
+    method = METHODS[hyper.method]
+    adversarial = method.has_d and method.reads_target and "d_strides" not in method.unused
     console.print(
         f"{settings.src} ({len(source)} images, {source.size[0]}x{source.size[1]}) to "
         f"{settings.tgt} ({len(target)}, {target.size[0]}x{target.size[1]}), {settings.backbone}, "
@@ -278,7 +294,7 @@ def introduce(
             f"{settings.backbone}: {flags} H W changes it",
             soft_wrap=True,
         )
-    weighs = "lambda_local" not in METHODS[hyper.method].unused
+    weighs = "lambda_local" not in method.unused
     if weighs and min(rows, columns) < FEW_CELLS:
         console.print(
             f"warning: D answers with {rows}x{columns} numbers for an image, so the place of the "
@@ -351,6 +367,20 @@ def read_ahead(
     return data.checked(loader)
 
 
+def target_images(target: data.DataSet, device: torch.device, workers: int) -> Iterator[Tensor]:
+    """All training images of the target, B 3 H W, whole and at its size: this process's part."""
+    rank, world = devices.ranks()
+    part = torch.utils.data.Subset(data.Pairs(target), range(rank, len(target), world))
+    for pairs in data.checked(evaluation.batches(part, target.size, workers)):
+        yield torch.stack([image for _, image, _ in pairs]).to(device)
+
+
+def source_labels(source: data.DataSet, workers: int) -> Iterator[Tensor]:
+    """All labels of the source, 1 H W, at their own sizes."""
+    for label in data.checked(evaluation.batches(data.LabelsOf(source), (0, 0), workers)):
+        yield from (torch.from_numpy(x)[None] for x in label)
+
+
 # In the loop.
 
 
@@ -384,7 +414,8 @@ def set_rates(opt_g: Optimizer, opt_d: Optimizer | None, step: int, hyper: Hyper
     """The rates of this step: of E, of the heads, and of D."""
     lr_g, lr_d = clan.learning_rates(step, hyper)
     opt_g.param_groups[0]["lr"] = lr_g
-    opt_g.param_groups[1]["lr"] = lr_g * hyper.head_lr
+    for group in opt_g.param_groups[1:]:
+        group["lr"] = lr_g * hyper.head_lr
     if opt_d is not None:
         opt_d.param_groups[0]["lr"] = lr_d
 

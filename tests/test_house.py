@@ -29,8 +29,18 @@ from weights import load_generator
 
 # A file imports only files that stand before it.
 ORDER = (
-    *("losses", "clan", "methods", "classes", "streets", "folders", "data", "checkpoints"),
-    *("models", "weights", "devices", "compilation", "settings", "runlog", "export"),
+    *("losses", "clan", "models", "baselines", "alignment", "methods", "classes", "streets"),
+    *(
+        "folders",
+        "data",
+        "checkpoints",
+        "weights",
+        "devices",
+        "compilation",
+        "settings",
+        "runlog",
+        "export",
+    ),
     *("predictions", "eval", "train", "runs", "figures", "tuning", "control", "study"),
     *("measure", "gpu", "bench"),
 )

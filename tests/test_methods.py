@@ -113,7 +113,7 @@ METHOD_ROW = Method(
     EvenHyper,
     has_d=False,
     g_step=even_first,
-    later_steps=(even_second,),
+    later_steps=lambda hyper: (even_second,),
     first_state=even_state,
     next_state=even_next,
 )
