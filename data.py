@@ -14,6 +14,7 @@ import argparse
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,11 +31,12 @@ from rich.table import Table
 import streets
 from clan import Batch, Hyper
 from classes import CLASSES, IGNORE, SYNTHIA_ABSENT, TO_TRAIN_IDS, UNKNOWN
-from folders import files_of, read_classes
+from folders import files_of, find, read_classes
 from methods import uses_target
 
 PHOTOGRAPH_MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr")
-SUFFIXES = (".png", ".jpg", ".jpeg")  # photographs of a folder
+# Photographs of a folder.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 ORIENTATION = 274  # the EXIF tag; from 5 on height and width are exchanged
 
 
@@ -75,7 +77,11 @@ def decode(path: Path) -> Image.Image:
             # Pillow would keep the high byte of 16-bit RGB; SYNTHIA's class is in the low one.
             image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
             image.info["bits"] = 16
-        if getattr(image, "is_animated", False):
+        for bits, factor in ((2, 85), (4, 17)):
+            if image.mode == "L" and f"'L;{bits}'" in str(image.tile):
+                image.info["factor"] = factor  # by which Pillow will multiply grey of few bits
+        several = getattr(image, "is_animated", False)
+        if several and image.format != "MPO":  # a JPEG with a preview or a second view
             raise ValueError("an animation of several images")
         image.load()
     except FileNotFoundError as error:
@@ -147,17 +153,18 @@ def check_indices(image: Image.Image, path: Path) -> np.ndarray:
             f"{path} has pixels of mode {image.mode}, but a label is a grey or palette PNG of "
             "class indices: use the label file itself, not its colour picture"
         )
-    return np.asarray(image)  # a palette image gives its indices, not its colours
+    ids = np.asarray(image)  # a palette image gives its indices, not its colours
+    return ids // image.info.get("factor", 1)
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """The ids in a mask of a folder, H W uint8: 1, 8 or 16 bits of grey, a palette, or grey RGB.
+    """The ids in a mask of a folder, H W uint8: 1 to 16 bits of grey, a palette, or grey RGB.
 
     Ids of a 1-bit mask are 0 and 1, as in the file.
     """
     image = decode(path)
     ids = np.asarray(image)
-    if image.mode == "RGB" and (ids == ids[..., :1]).all():
+    if image.mode == "RGB" and image.info.get("bits") != 16 and (ids == ids[..., :1]).all():
         return ids[..., 0]
     if image.mode not in ("1", "I", "I;16"):
         return check_indices(image, path)
@@ -174,6 +181,8 @@ def map_ids(ids: np.ndarray, to_train_ids: np.ndarray, path: Path, list_file: st
         wrong = ids[unknown][0]
         share = (ids == wrong).mean()
         remedy = f", or give it a class in {list_file} (`names` or `ids`)" if list_file else ""
+        if remedy and share <= 0.01:
+            remedy += ", or list it in `ignore`"
         raise ValueError(
             f"{path} holds the id {wrong} ({100 * share:.1f} % of its pixels), which its data set "
             f"does not define: check that this is the right label file{remedy}"
@@ -235,10 +244,12 @@ def pair(
     labels: Labels,
     where: Path,
     layout: str,
+    labels_in: Path,
 ) -> tuple:
     """Sorted (image, label) paths; the label is None if none is to be opened, or none exists.
 
-    Raises ValueError if there is no image or a label is missing.
+    labels_in: the folder that holds all labels. Raises ValueError if there is no image, a label is
+    missing, or belongs to two images.
     """
     images = sorted(images)
     if not images:
@@ -246,20 +257,22 @@ def pair(
     if labels == "none":
         return tuple((image, None) for image in images)
     pairs = tuple((image, label_of(image)) for image in images)
-    return complete(pairs, labels, where, layout)
+    image_of: dict[Path, Path] = {}
+    for image, label in pairs:
+        if image_of.setdefault(label, image) != image:
+            raise ValueError(f"{image_of[label]} and {image} have one label, {label}: rename one")
+    return complete(pairs, labels, where, layout, labels_in)
 
 
-def complete(pairs: tuple, labels: Labels, where: Path, layout: str) -> tuple:
-    """The pairs, without labels if these are not required and their folders hold no file.
+def complete(pairs: tuple, labels: Labels, where: Path, layout: str, labels_in: Path) -> tuple:
+    """The pairs, without labels if these are not required and `labels_in` holds no file.
 
     Raises ValueError if a label is missing, unless they are unchecked. Labels of other names are
     no missing labels: then the first that was looked for is named.
     """
     missing = [label for _, label in pairs if not label.is_file()]
-    if labels != "required" and len(missing) == len(pairs):
-        folders = {label.parent for label in missing}
-        if not any(place.is_dir() and any(place.iterdir()) for place in folders):
-            return tuple((image, None) for image, _ in pairs)
+    if labels != "required" and len(missing) == len(pairs) and not photographs_below(labels_in):
+        return tuple((image, None) for image, _ in pairs)
     if missing and labels != "unchecked":
         raise ValueError(
             f"{len(missing)} of {len(pairs)} images in {where} have no label, the first "
@@ -271,14 +284,15 @@ def complete(pairs: tuple, labels: Labels, where: Path, layout: str) -> tuple:
 def open_gta5(folder: Path, split: str, size: Size, labels: Labels) -> DataSet:
     images = (folder / "images").glob("*.png")
     layout = DATASETS["gta5"].layout
-    pairs = pair(images, lambda p: folder / "labels" / p.name, labels, folder / "images", layout)
+    label_of = lambda image: folder / "labels" / image.name  # noqa: E731
+    pairs = pair(images, label_of, labels, folder / "images", layout, folder / "labels")
     return DataSet("gta5", CLASSES, CLASSES, size, (512, 1024), pairs)
 
 
 def open_synthia(folder: Path, split: str, size: Size, labels: Labels) -> DataSet:
     images, where = (folder / "RGB").glob("*.png"), folder / "GT" / "LABELS"
     layout = DATASETS["synthia"].layout
-    pairs = pair(images, lambda p: where / p.name, labels, folder / "RGB", layout)
+    pairs = pair(images, lambda p: where / p.name, labels, folder / "RGB", layout, where)
     labelled = tuple(c for c in CLASSES if c not in SYNTHIA_ABSENT)
     return DataSet("synthia", CLASSES, labelled, size, (512, 1024), pairs)
 
@@ -291,7 +305,8 @@ def open_cityscapes(folder: Path, split: str, size: Size, labels: Labels) -> Dat
         return folder / "gtFine" / split / image.parent.name / f"{stem}_gtFine_labelIds.png"
 
     images = where.glob("*/*_leftImg8bit.png")
-    pairs = pair(images, label_of, labels, where, DATASETS["cityscapes"].layout)
+    layout, labels_in = DATASETS["cityscapes"].layout, folder / "gtFine" / split
+    pairs = pair(images, label_of, labels, where, layout, labels_in)
     return DataSet("cityscapes", CLASSES, CLASSES, size, (512, 1024), pairs)
 
 
@@ -364,7 +379,11 @@ def open_folder(
         bare = labels == "none" or found[0][1] is None
         if bare and labels == "required":
             raise ValueError(f"{list_file} has no labels of {split}: add a pattern for them")
-        pairs = tuple(found) if bare else complete(tuple(found), labels, folder, layout)
+        asked: Labels = "unchecked" if labels == "unchecked" else "required"  # by the pattern
+        pairs = tuple(found)
+        if not bare:
+            change = f"change `labels` of {list_file}, or drop it"
+            pairs = complete(pairs, asked, folder, change, folder)
     else:
         where = folder_of_images(folder, split, labels)
         images = photographs_below(where)
@@ -372,13 +391,30 @@ def open_folder(
         def label_of(image: Path) -> Path:
             return (folder / "labels" / split / image.relative_to(where)).with_suffix(".png")
 
-        pairs = pair(images, label_of, labels, where, layout)
+        pairs = pair(images, label_of, labels, where, layout, folder / "labels" / split)
     names = read_classes(list_file).names if pairs[0][1] is not None else ()
-    if size is None:  # keep the aspect ratio of the first image
-        height, width = upright_size(pairs[0][0])
+    if size is None:  # of the commonest size of a hundred images
+        height, width = commonest_size([image for image, _ in pairs])
         scale = short_side / min(height, width)
         size = (8 * round(height * scale / 8), 8 * round(width * scale / 8))
     return DataSet("folder", names, names, size, size, pairs, folder)
+
+
+def commonest_size(images: Sequence[Path], most: int = 100) -> Size:
+    """H W that most of the images have, by the headers of `most` of them, evenly spread.
+
+    A file without a header is passed over here, since reading it later names it. Raises ValueError
+    if all are such.
+    """
+    sizes: Counter[Size] = Counter()
+    for i in np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int):
+        try:
+            sizes[upright_size(images[i])] += 1
+        except ValueError as error:
+            fault = error
+    if not sizes:
+        raise fault
+    return sizes.most_common(1)[0][0]
 
 
 class Kind(NamedTuple):
@@ -396,6 +432,10 @@ class Kind(NamedTuple):
     images: str = ""  # the folder of its splits, if each has its own
 
 
+FOLDER_LAYOUT = (
+    "name a folder of photographs; for training on labels or a score it needs images/SPLIT, "
+    "labels/SPLIT and classes.json"
+)
 DATASETS = {
     "gta5": Kind(
         open_gta5,
@@ -426,7 +466,7 @@ DATASETS = {
         images="leftImg8bit",
     ),
     "folder": Kind(
-        *(open_folder, "name a folder with images/, labels/ and classes.json", None, (), None),
+        *(open_folder, FOLDER_LAYOUT, None, (), None),
         images="images",
     ),
     "streets": Kind(open_streets, "it is drawn", None, ("train", "dev", "val"), STREETS_SIZE),
@@ -441,11 +481,18 @@ def has_split(name: str, folder: Path | None, split: str) -> bool:
     if name == "folder" and folder and (Path(folder) / "classes.json").exists():
         classes = read_classes(Path(folder) / "classes.json")
         if classes.images:
-            return split in classes.images
+            return bool(find(Path(folder), classes.images.get(split, "")))
     if not (kind.images and folder):
         return True
-    place = Path(folder) / kind.images / split
-    return place.is_dir() and any(place.iterdir())
+    return bool(photographs_below(Path(folder) / kind.images / split))
+
+
+def splits_of(name: str, folder: Path | None) -> list[str]:
+    """The splits that a data set has on disk; train for a folder of photographs alone."""
+    known = DATASETS[name].splits or ("train", "val", "test")
+    if name == "folder" and folder and (folder / "classes.json").exists():
+        known = tuple(read_classes(folder / "classes.json").images) or known
+    return [split for split in known if has_split(name, folder, split)] or ["train"]
 
 
 def default_folder(name: str, data: Path) -> Path | None:
@@ -707,6 +754,9 @@ def check(dataset: DataSet, console: Console) -> list[str]:
             continue
         if image.shape[:2] != label.shape:
             notes.append(f"{image_name(dataset, i)} and its label differ in size by some pixels")
+        squeezed = (image.shape[1] / image.shape[0]) / (dataset.size[1] / dataset.size[0])
+        if not 0.75 < squeezed < 1.34 and dataset.name == "folder":
+            notes.append(f"{image_name(dataset, i)} has another shape and is squeezed")
         if image.min() == image.max():
             notes.append(f"{image_name(dataset, i)} is blank")
         counts = np.bincount(label.ravel(), minlength=256)
@@ -729,16 +779,20 @@ def main(argv=None) -> int:
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data", type=Path, default=Path("data"), help="the folder of data sets")
     parser.add_argument("--dir", type=Path, help="the data set's own folder, instead of --data")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", help="[all that there are]")
     parser.add_argument("--role", choices=("source", "target"), default="source", help="of streets")
     args = parser.parse_args(argv)
     try:
         folder = args.dir or default_folder(args.dataset, args.data)
-        console = Console()
-        dataset = open_dataset(args.dataset, args.role, args.split, folder, labels="unchecked")
-        if not dataset.has_labels:
-            console.print("no labels: the images alone are read, which is enough for a target")
-        return 1 if check(dataset, console) else 0
+        console, wrong = Console(), False
+        for split in [args.split] if args.split else splits_of(args.dataset, folder):
+            dataset = open_dataset(args.dataset, args.role, split, folder, labels="unchecked")
+            console.print(f"{args.dataset} {split}")
+            if not dataset.has_labels:
+                console.print("no labels: the images alone are read, which is enough for a target")
+            wrong |= bool(check(dataset, console))
+            wrong |= not dataset.has_labels and args.dataset in ("gta5", "synthia")  # sources
+        return int(wrong)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -230,6 +230,12 @@ def data_parallel(method: Method, G: nn.Module, D: nn.Module | None, hyper: Hype
 
 def does_not_fit(error: BaseException) -> bool:
     """Whether an error means that the memory is too small. Libraries say it in different words."""
-    words = ("out of memory", "can't allocate memory", "find an engine", "ALLOC_FAILED")
+    words: tuple[str, ...] = ("out of memory", "can't allocate memory", "find an engine")
+    words += (
+        "ALLOC_FAILED",
+        "out of shared memory",
+        "killed by signal: Killed",
+        "killed by signal: Bus error",
+    )
     full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     return full or any(word in str(error) for word in words)

@@ -217,7 +217,7 @@ def no_score(result: dict, name: str) -> str:
             f"no score: only {result['only_class']} occurs in the labels of {name}, so a network "
             "that says nothing else would read 100 %"
         )
-    return f"no score: {name} has no labelled split"
+    return f"no score: {name} has no labels of the source's classes"
 
 
 def paper_row(src: str, tgt: str, backbone: str, method: str) -> dict | None:
@@ -358,6 +358,11 @@ def evaluate_main(args: argparse.Namespace) -> None:
 
     size = args.tgt_size or (metadata.get("tgt_size") if tgt == settings.get("tgt") else None)
     tgt_dir = folder_of(tgt, args.tgt_dir, "tgt_dir")
+    if not data.has_split(tgt, tgt_dir, args.split):
+        raise ValueError(
+            f"{tgt} has no split {args.split} to score on: give --split, or --tgt and --tgt-dir of "
+            "labelled images, or use eval.py predict"
+        )
     drawn = {key: settings[key] for key in ("shift", "scenes") if key in settings}
     backbone = settings.get("backbone", args.backbone)
     optional: Any = {"labels": "optional", "short_side": short_side(backbone)} | drawn
@@ -475,7 +480,7 @@ def main(argv=None) -> None:
             "--window; or --device cpu"
         )
     except KeyboardInterrupt:
-        sys.exit("stopped before the end: what was not reported was not written")
+        sys.exit("stopped before the end: predictions so far are written, and no score")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from models import Generator
 from weights import load_generator
 
 SIZES = ((64, 96), (45, 77), (128, 33), (96, 160))  # H W to compare on, odd ones too
+LEAST_SIDE = 33  # of an image: with fewer pixels vgg16's last map has one cell, a case by itself
 MOST = 1e-4  # largest difference, relative to the largest logit
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -97,8 +98,8 @@ def as_pt2(network: Ensemble, path: Path, said: dict[str, str]) -> None:
 def exported(network: Ensemble) -> torch.export.ExportedProgram:
     sides = {
         0: torch.export.Dim("batch"),
-        2: torch.export.Dim("height", min=33, max=16384),
-        3: torch.export.Dim("width", min=33, max=16384),
+        2: torch.export.Dim("height", min=LEAST_SIDE, max=16384),
+        3: torch.export.Dim("width", min=LEAST_SIDE, max=16384),
     }
     images = torch.zeros(2, 3, 96, 160, dtype=torch.uint8)
     network = without_ceil_mode(network)
@@ -193,6 +194,8 @@ def export_main(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} must end in {' or '.join(KINDS)}")
     if kind == ".onnx":
         need(*PACKAGES)
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"a run is exported on the CPU: drop --device {args.device}")
     path = newest_checkpoint(args.run)
     G, metadata = load_generator(
         path, backbone=args.backbone, lineage=args.lineage, say=console.print
@@ -234,6 +237,12 @@ class Loaded(nn.Module):
         self.place = nn.Parameter(torch.zeros(1), requires_grad=False)  # where images are to go
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = images.shape[-2:]
+        if min(height, width) < LEAST_SIDE:
+            raise ValueError(
+                f"an exported file takes images from {LEAST_SIDE} pixels a side on, not "
+                f"{height}x{width}: give a larger --short-side or --window"
+            )
         half = self.run(images) / 2
         return half, half
 

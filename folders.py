@@ -11,6 +11,7 @@ images/SPLIT and labels/SPLIT. A target without labels may have `images` alone. 
 data sets are matched by name.
 """
 
+import glob
 import json
 import re
 from functools import lru_cache
@@ -114,7 +115,10 @@ def find(folder: Path, pattern: str) -> dict[Key, Path]:
     parts = {"*": "([^/]*)", "{name}": "(?P<name>[^/]+?)"}
     expression = re.compile("".join(parts.get(part, re.escape(part)) for part in wild))
     found = {}
-    for path in sorted(folder.glob(pattern.replace("{name}", "*"))):
+    if not pattern:
+        return {}
+    literal = "".join("*" if part in parts else glob.escape(part) for part in wild)
+    for path in sorted(folder.glob(literal)):
         match = expression.fullmatch(path.relative_to(folder).as_posix())
         if match and not path.is_dir() and not path.name.startswith("."):
             name = match["name"]
@@ -142,33 +146,37 @@ def files_of(
                 f"{min(both)} belongs to {split} and to {other} by the patterns of "
                 f"{folder / 'classes.json'}: write patterns that tell them apart"
             )
-    for pattern in classes.labels.values():
-        both = set(images.values()) & set(find(folder, pattern).values())
-        if both:
-            raise ValueError(
-                f"{min(both)} is an image and a label by the patterns of "
-                f"{folder / 'classes.json'}: write patterns that tell them apart"
-            )
+    for pattern in classes.labels.values():  # a label may lie beside its image
+        if pattern.count("*") == classes.images[split].count("*"):
+            masks = {place_of(key, pattern, folder) for key in images}
+            images = {key: path for key, path in images.items() if path not in masks}
     if not with_labels or split not in classes.labels:
         return [(image, None) for image in images.values()]
     pattern = classes.labels[split]
     labels = find(folder, pattern)
+    labels = {key: path for key, path in labels.items() if path not in images.values()}
     if pattern.count("*") != classes.images[split].count("*"):
         images, labels = by_name(images, folder), by_name(labels, folder)
 
-    def expected(key: Key) -> Path:
-        *places, name = key
-        parts = iter(places)
-        text = re.sub(r"\*", lambda star: next(parts, star[0]), pattern)
-        return folder / text.replace("{name}", name)
-
-    alone = [path for key, path in labels.items() if key not in images]
+    elsewhere = [s for s, p in classes.labels.items() if s != split and p == pattern]
+    others = {key[-1] for s in elsewhere for key in find(folder, classes.images[s])}
+    alone = [p for key, p in labels.items() if key not in images and key[-1] not in others]
     if alone:
         raise ValueError(
             f"{alone[0]} is a label without image ({len(alone)} in {split}): add the image, or "
             f"change the patterns of {folder / 'classes.json'}"
         )
-    return [(image, labels.get(key) or expected(key)) for key, image in images.items()]
+    return [
+        (image, labels.get(key) or place_of(key, pattern, folder)) for key, image in images.items()
+    ]
+
+
+def place_of(key: Key, pattern: str, folder: Path) -> Path:
+    """Where a pattern expects the file of a key."""
+    *places, name = key
+    parts = iter(places)
+    text = re.sub(r"\*", lambda star: next(parts, star[0]), pattern)
+    return folder / text.replace("{name}", name)
 
 
 def by_name(files: dict[Key, Path], folder: Path) -> dict[Key, Path]:

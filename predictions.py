@@ -217,6 +217,8 @@ def predict_main(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.run} has no second head, so it has no M: drop --maps")
         if args.device not in ("auto", "cpu"):
             raise ValueError(f"an exported file runs on the CPU here: drop --device {args.device}")
+        if args.lineage:
+            raise ValueError(f"{args.run} holds its lineage: drop --lineage {args.lineage}")
         G, metadata = load_exported(args.run)
     else:
         how = {"backbone": args.backbone, "lineage": args.lineage, "say": console.print}
@@ -228,8 +230,13 @@ def predict_main(args: argparse.Namespace) -> None:
     short_side = args.short_side or (None if args.window else min(metadata.get("tgt_size", (512,))))
     maps = args.maps or args.confidence > 0
     left_out = pixels = 0
+    faults = []
     for file in track(paths, "predicting", console=console):
-        image = data.read_image(file)
+        try:
+            image = data.read_image(file)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
         found = look_at(G, image, input_size(image, short_side), args.window, maps)
         if found.confidence is not None:
             found.classes[found.confidence < args.confidence] = IGNORE
@@ -237,7 +244,10 @@ def predict_main(args: argparse.Namespace) -> None:
         pixels += found.classes.size
         stem = args.out / file.relative_to(root).with_suffix("")
         write_masks(stem, image, found, classes, args.raw, args.maps)
-    if args.confidence > 0:
+    if args.confidence > 0 and pixels:
         console.print(f"{100 * left_out / pixels:.1f} % of the pixels are below the confidence")
     what = "grey masks" if args.raw else "masks and overlays"
-    console.print(f"{len(paths)} {what} in {args.out}", soft_wrap=True)
+    console.print(f"{len(paths) - len(faults)} {what} in {args.out}", soft_wrap=True)
+    if faults:
+        listed = "\n".join(faults)
+        raise ValueError(f"{len(faults)} of {len(paths)} photographs were left out:\n{listed}")

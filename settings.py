@@ -273,10 +273,7 @@ def add_run_flags(
     """
     settings, hyper = configure(flags or {})
     values = vars(settings) | vars(hyper)
-    for side in ("src", "tgt"):
-        known_size = DATASETS[values[side]].size
-        if values[f"{side}_size"] is None and known_size:
-            values |= {f"{side}_size": known_size}
+    values |= shown_sizes(settings)
     for cls in (Settings, clan.Hyper):
         add_flags(parser, cls, values, without=without)
     known = {field.name for field in fields(clan.Hyper)}
@@ -286,6 +283,16 @@ def add_run_flags(
             skip = {*known, *without}
             add_flags(parser, method.numbers, defaults_of, f"--method {name}", without=skip)
             known |= own_fields(name)
+
+
+def shown_sizes(settings: Settings) -> Flags:
+    """The sizes that a run will take, for its help: H W, or what a folder's follow from."""
+    of_folder = f"short side {short_side(settings.backbone)}"
+    target = settings.tgt_size or DATASETS[settings.tgt].size or of_folder
+    source = settings.src_size or DATASETS[settings.src].size or of_folder
+    if settings.src == "streets" and not settings.src_size:  # drawn at the target's size
+        source = target
+    return {"src_size": source, "tgt_size": target}
 
 
 def run_parser(description: str, flags: Flags | None = None) -> argparse.ArgumentParser:

@@ -385,6 +385,7 @@ def candidates(lines: list[dict]) -> dict[str, list[list[dict]]]:
 
     return {
         "all runs": [[line["result"] for line in lines]],
+        "the runs of one method": grouped(lambda x: x["settings"]["method"]),
         "the seeds of one setting": grouped(lambda x: json.dumps(x["settings"], sort_keys=True)),
         "the settings of one seed": grouped(lambda x: str(x["seed"])),
         "the checkpoints of one run": [line["result"].get("curve", []) for line in lines],
@@ -394,13 +395,13 @@ def candidates(lines: list[dict]) -> dict[str, list[list[dict]]]:
 def ranking(study: Study) -> None:
     """Which figure that needs no label ranks runs and checkpoints as mIoU does?
 
-    Over the recorded runs that adapt, scored on val. It trains nothing.
+    Over the recorded runs that are scored on val. It trains nothing.
     """
     path = study.results / f"{study.task}.jsonl"
     lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
-    lines = [x for x in lines if x["settings"]["split"] == "val" and "d_target" in x["result"]]
+    lines = [x for x in lines if x["settings"]["split"] == "val" and "confidence" in x["result"]]
     if len(lines) < 3:
-        raise ValueError(f"{path} has fewer than three runs that adapt: make some, by `control`")
+        raise ValueError(f"{path} has fewer than three scored runs: make some, by `control`")
     groups = candidates(lines)
     rows = []
     for name, figure in FIGURES.items():
@@ -409,10 +410,10 @@ def ranking(study: Study) -> None:
     last = [group[-1:] for group in groups["the checkpoints of one run"]]
     best = [max(map(miou, group)) for group in groups["the checkpoints of one run"] if group]
     loses = np.mean([100 * (b - miou(x[0])) for b, x in zip(best, filter(None, last), strict=True)])
-    rows.append(["the last checkpoint", "", "", "", f"loses {loses:.1f}"])
+    rows.append(["the last checkpoint", *[""] * (len(groups) - 1), f"loses {loses:.1f}"])
     note = (
         "Spearman's correlation with target mIoU, a mean over groups, and how many points of mIoU "
-        f"are lost by taking the largest figure. {len(lines)} recorded runs that adapt; groups of "
+        f"are lost by taking the largest figure. {len(lines)} recorded runs; groups of "
         "at least three."
     )
     results = {"recorded": [line["result"] | recorded_as(line) for line in lines]}

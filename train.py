@@ -14,7 +14,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,8 @@ def first_step(out: Path, resume: Path | None) -> int:
 def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataSet]:
     """Source and target for training, and the target's split to score on.
 
-    Without that split it is the target's training images, which have no labels here.
+    Without that split it is the target's training images, which have no labels here. Labels that
+    have no class in common with the source count as none.
     """
 
     def folder(name: str, flag: Path | None) -> Path | None:
@@ -210,6 +211,8 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     drawn["mixed"] = settings.looks == "mixed"
     role = "target" if settings.looks == "city" else "source"
     source = data.open_dataset(settings.src, role, "train", src_dir, src_size, **drawn)
+    if val.has_labels and not set(source.classes) & set(val.classes):  # labels of another field
+        val = replace(val, items=tuple((image, None) for image, _ in val.items))
     return source, target, val
 
 
@@ -303,8 +306,8 @@ def introduce(
         )
     if not val.has_labels:
         console.print(
-            f"{settings.tgt} has no labelled {settings.split} split: confidence, M and class "
-            "shares of its images are reported in place of a score",
+            f"{settings.tgt} {settings.split} has no labels of the source's classes: confidence, "
+            "M and class shares of its images are reported in place of a score",
             soft_wrap=True,
         )
         return
@@ -444,7 +447,7 @@ def after_step(
         result = score()
         keys = [key for key in ("miou", "iou", *UNLABELLED) if key in result]
         log.record({"step": done} | {f"target_{key}": result[key] for key in keys})
-        score_of = f"mIoU {100 * result['miou']:.1f}," if "miou" in result else "without labels:"
+        score_of = f"mIoU {100 * result['miou']:.1f}," if "miou" in result else "without a score:"
         shown = f"confidence {result['confidence']:.3f}, M {result['m']:.4f}"
         log.bar.console.print(f"step {done}: target {score_of} {shown}")
     if adapts_next:  # after the score, which a run resumed from here must have
@@ -518,7 +521,8 @@ def finish(
         title = f"IoU on {settings.tgt} {settings.split}, %"
         console.print(evaluation.score_table(title, {**columns, "paper": paper}))
     else:
-        console.print(evaluation.no_score(columns["after"], settings.tgt), soft_wrap=True)
+        if val.has_labels:  # else `introduce` has said it
+            console.print(evaluation.no_score(columns["after"], settings.tgt), soft_wrap=True)
         title = f"predicted on {settings.tgt}, % of the pixels"
         console.print(evaluation.share_table(title, columns))
 
@@ -544,8 +548,8 @@ def finish(
 # The program.
 
 LESS_MEMORY = (
-    "Give --recompute (not for vgg16), --amp bf16, --crop, a smaller --src-size and --tgt-size, or "
-    "a smaller --batch."
+    "Give --recompute (not for vgg16), --amp bf16, --crop, a smaller --src-size and --tgt-size, a "
+    "smaller --batch, or fewer --workers."
 )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -321,6 +323,49 @@ def test_data_an_rgb_label_in_a_folder_is_refused(tmp_path):
         data.label_at(dataset, 0)
 
 
+def write_grey(path: Path, ids: np.ndarray, bits: int) -> None:
+    """A grey PNG of few bits a pixel, by hand."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    places = np.arange(bits)[::-1]
+    rows = [np.packbits((row[:, None] >> places & 1).astype(np.uint8).ravel()) for row in ids]
+    header = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], bits, 0, 0, 0, 0)
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def test_data_a_photograph_with_a_preview_is_a_photograph(tmp_path):
+    """Some cameras write a second, smaller image into a JPEG."""
+    image, preview = (Image.fromarray(np.full((n, n, 3), 90, np.uint8)) for n in (32, 8))
+    image.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[preview])
+    assert Image.open(tmp_path / "a.jpg").format == "MPO"
+    assert data.read_image(tmp_path / "a.jpg").shape == (32, 32, 3)
+
+
+def test_data_two_images_of_one_label_are_named(tmp_path):
+    folder = make_folder(tmp_path)
+    image = folder / "images" / "train" / "a" / "0.png"
+    Image.open(image).save(image.with_suffix(".jpg"))
+    with pytest.raises(ValueError, match=r"0.jpg and .*0.png have one label, .*: rename one"):
+        data.open_dataset("folder", "target", "train", folder)
+
+
+def test_data_a_folder_takes_the_commonest_shape(tmp_path):
+    for name, size in (("a", (60, 30)), ("b", (30, 60)), ("c", (30, 60))):
+        write_png(tmp_path / f"{name}.png", np.zeros((*size, 3), np.uint8))
+    (tmp_path / "d.png").write_bytes(b"")
+    found = data.open_dataset("folder", "target", "train", tmp_path, labels="none", short_side=64)
+    assert found.size == (64, 128)
+
+
 def test_data_masks_of_a_folder_may_have_1_or_16_bits_or_three_equal_channels(tmp_path):
     dataset = data.open_dataset("folder", "target", "train", make_folder(tmp_path))
     path = dataset.items[0][1]
@@ -332,6 +377,12 @@ def test_data_masks_of_a_folder_may_have_1_or_16_bits_or_three_equal_channels(tm
     ):
         write_png(path, pixels)
         assert (data.label_at(dataset, 0) == ids).all()
+    for bits in (2, 4):  # Pillow reads these as if they were brightness
+        write_grey(path, ids, bits)
+        assert (data.label_at(dataset, 0) == ids).all()
+    write_png16(path, np.stack([ids + 256] * 3, axis=2).astype(np.uint16))
+    with pytest.raises(ValueError, match=r"0.png has pixels of mode RGB"):
+        data.label_at(dataset, 0)
     write_png(path, (ids + 255).astype(np.uint16))
     with pytest.raises(ValueError, match=r"0.png holds the id 256: write ids up to 255"):
         data.label_at(dataset, 0)

@@ -188,11 +188,29 @@ def test_folders_pairs_are_of_the_same_folders_or_of_the_same_name(tmp_path):
 
 
 @pytest.mark.parametrize("labels", ("required", "none"))
-def test_folders_a_mask_beside_its_image_is_not_taken_for_an_image(tmp_path, labels):
-    photographs(tmp_path, "rgb/a.png", "rgb/a_mask.png")
-    patterns = {"images": {"train": "rgb/{name}.png"}, "labels": {"train": "rgb/{name}_mask.png"}}
-    with pytest.raises(ValueError, match=r"a_mask.png is an image and a label"):
-        opened(tmp_path, {"names": ["road"]} | patterns, labels=labels)
+@pytest.mark.parametrize(
+    ("image", "label"), (("{name}.png", "{name}_mask.png"), ("{name}_rgb.png", "{name}.png"))
+)
+def test_folders_masks_may_lie_beside_their_images(tmp_path, labels, image, label):
+    files = [f"rgb/{form.format(name=name)}" for form in (image, label) for name in "ab"]
+    photographs(tmp_path, *files)
+    patterns = {"images": {"train": f"rgb/{image}"}, "labels": {"train": f"rgb/{label}"}}
+    found = opened(tmp_path, {"names": ["road"]} | patterns, labels=labels).items
+    wanted = [(tmp_path / files[i], tmp_path / files[i + 2]) for i in range(2)]
+    assert list(found) == [(a, b if labels == "required" else None) for a, b in wanted]
+
+
+def test_folders_splits_may_share_a_folder_of_masks_and_names_may_have_brackets(tmp_path):
+    photographs(tmp_path, "rgb [1]/train/a.png", "rgb [1]/val/b.png", "gt/a.png", "gt/b.png")
+    images = {split: f"rgb [1]/{split}/{{name}}.png" for split in ("train", "val")}
+    labels = dict.fromkeys(images, "gt/{name}.png")
+    content = {"names": ["road"], "images": images, "labels": labels}
+    for split, name in (("train", "a"), ("val", "b")):
+        (pair,) = opened(tmp_path, content, split).items
+        assert pair == (tmp_path / "rgb [1]" / split / f"{name}.png", tmp_path / f"gt/{name}.png")
+    photographs(tmp_path, "gt/c.png")
+    with pytest.raises(ValueError, match=r"c.png is a label without image"):
+        opened(tmp_path, content)
 
 
 def test_folders_labels_are_read_by_the_list_of_the_folder_that_was_named(tmp_path):
@@ -219,7 +237,7 @@ def test_folders_a_split_without_pattern_or_files_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("covered", (20, 2000))
-def test_folders_no_message_proposes_to_ignore_an_id(tmp_path, covered):
+def test_folders_no_message_proposes_to_ignore_an_id_of_more_than_a_hundredth(tmp_path, covered):
     folder = make_folder(tmp_path, {"names": ["road"]}, size=(50, 100))
     label = np.zeros((50, 100), np.uint8)
     label.flat[:covered] = 255
@@ -228,7 +246,8 @@ def test_folders_no_message_proposes_to_ignore_an_id(tmp_path, covered):
     flags = ["--src", "folder", "--src-dir", str(folder), "--tgt", "streets"]
     error = run_error(*flags, "--backbone", "tiny", "--out", str(tmp_path / "run"))
     assert f"holds the id 255 ({covered / 50:.1f} % of its pixels)" in error
-    assert f"give it a class in {folder / 'classes.json'}" in error and "ignore" not in error
+    assert f"give it a class in {folder / 'classes.json'}" in error
+    assert ("list it in `ignore`" in error) == (covered == 20)
 
 
 def test_folders_labels_of_one_class_alone_are_no_score(few, tmp_path, capsys):
@@ -273,6 +292,7 @@ def test_folders_links_to_folders_are_followed_once(tmp_path):
 def test_folders_an_empty_val_is_no_val(tmp_path):
     photographs(tmp_path, "images/train/a.png")
     (tmp_path / "images" / "val").mkdir()
+    (tmp_path / "images" / "val" / ".gitkeep").touch()
     assert not data.has_split("folder", tmp_path, "val")
     photographs(tmp_path, "images/val/a.png")
     assert data.has_split("folder", tmp_path, "val")

@@ -555,7 +555,7 @@ def recorded_line(seed: int, lambda_adv: float, miou: float, split: str = "val")
 
 def test_study_ranking_reads_the_recorded_runs_and_trains_nothing(tmp_path):
     flags = ["--to", str(tmp_path), "--results", str(tmp_path), "--runs", str(tmp_path / "none")]
-    assert "fewer than three runs" in study_error("ranking", tmp_path, *flags[2:4])
+    assert "fewer than three scored runs" in study_error("ranking", tmp_path, *flags[2:4])
     lines = [recorded_line(s, x, 0.3 + s / 10 + x / 20) for s in range(3) for x in (0.0, 1.0, 2.0)]
     lines.append(recorded_line(0, 9.0, 0.0, "dev"))
     path = tmp_path / f"{TASK}.jsonl"
@@ -563,7 +563,7 @@ def test_study_ranking_reads_the_recorded_runs_and_trains_nothing(tmp_path):
     study.main(["ranking", *flags])
     content = json.loads((tmp_path / f"ranking-{TASK}.json").read_text())
     rows = {row[0]: row[1:] for row in content["rows"]}
-    assert rows["confidence"] == ["1.00, loses 0.0"] * 4
+    assert rows["confidence"] == ["1.00, loses 0.0"] * 5
     assert rows["agreement of the heads, 1 - M"][0] == "-1.00, loses 30.0"
     assert rows["the last checkpoint"][-1] == "loses 0.0"
     assert "9 recorded runs" in content["notes"][0] and not (tmp_path / "none").exists()

@@ -492,6 +492,9 @@ def test_train_help_shows_the_defaults_of_the_run_that_is_asked_for(capsys, fini
     assert "[runs/gta5-cityscapes-r101-clan-seed0]" in paper
     tan = help_of(capsys, "--method", "tan", "--lambda-adv", "0.125")
     assert "weight of Eq. 5 in Eq. 6 [0.125]" in tan
+    mine = help_of(capsys, "--tgt", "folder", "--tgt-dir", "photos", "--backbone", "lite0")
+    assert mine.count("the data set's [short side 192]") == 2, "the source is drawn at that size"
+    assert help_of(capsys, "--tgt-size", "96", "192").count("the data set's [96 192]") == 2
     assert "the data set's [720 1280]" in paper and "the data set's [512 1024]" in paper
     assert "iterations [8]" in help_of(capsys, "--resume", str(finished))
     for text in (first, paper, tan):
@@ -894,7 +897,7 @@ def test_train_labels_of_the_target_change_no_bit_of_the_weights(name, few, tmp_
     flags = ("--tgt", name, "--backbone", "tiny", "--eval-every", "2", "--tgt-dir")
     outs = [run(tmp_path / f"run-{p.name}", *flags, str(p)) for p in (labelled, bare)]
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("no labelled val split") == shown.count("no score: ") == 1
+    assert shown.count("val has no labels of the source's classes") == 1
     assert "mean confidence" in shown and "mIoU" in shown
     assert_equal(*map(last_tensors, outs))
     results = [json.loads((out / "eval.json").read_text()) for out in outs]
@@ -906,7 +909,7 @@ def test_train_labels_of_the_target_change_no_bit_of_the_weights(name, few, tmp_
     lines = [line for line in metrics(outs[1]) if "target_m" in line]
     assert [line["step"] for line in lines] == [4, 6] and "target_miou" not in lines[0]
     error = study_error("table", tmp_path / "study", *flags[:4], flags[-1], str(bare))
-    assert "has no labelled split; studies need one" in error
+    assert "has no labels of the source's classes; studies need one" in error
 
 
 @pytest.mark.parametrize("where", ("", "images", "images/train"))
@@ -918,7 +921,7 @@ def test_train_photographs_alone_are_a_target(where, few, tmp_path, capsys):
     flags = ("--tgt", "folder", "--backbone", "tiny", "--tgt-dir")
     out = run(tmp_path / "run", *flags, str(tmp_path / "photos"))
     shown = " ".join(capsys.readouterr().out.split())
-    assert "(3, 32x64)" in shown and "folder has no labelled val split" in shown
+    assert "(3, 32x64)" in shown and "folder val has no labels of the source's classes" in shown
     assert checkpoints.read_metadata(checkpoints.newest_checkpoint(out))["classes"] == list(CLASSES)
 
 
@@ -933,6 +936,14 @@ def test_train_takes_only_whole_folders_for_photographs_alone(few, tmp_path):
     assert "images/train" in run_error(
         "--tgt", "folder", "--backbone", "tiny", "--tgt-dir", str(photos)
     )
+
+
+def test_train_labels_of_another_field_train_and_give_no_score(few, tmp_path, capsys):
+    photos = make_folder(tmp_path / "f", {"names": ["nothing", "lesion"]})
+    make_folder(tmp_path / "f", {"names": ["nothing", "lesion"]}, split="val")
+    out = run(tmp_path / "run", "--tgt", "folder", "--tgt-dir", str(photos), "--backbone", "tiny")
+    assert "folder val has no labels of the source's classes" in capsys.readouterr().out
+    assert "miou" not in json.loads((out / "eval.json").read_text())
 
 
 def test_train_a_val_split_with_some_labels_missing_is_refused(few, tmp_path):
