@@ -549,7 +549,7 @@ def recorded_line(seed: int, lambda_adv: float, miou: float, split: str = "val")
     point = {"miou": miou, "confidence": miou, "m": miou, "shares": [0.5, 0.5], "d_target": 0.5}
     curve = [point, point | {"miou": miou - 0.1, "confidence": miou - 0.1}, point | {"m": 0.9}]
     result = point | {"curve": curve, "seconds": 1.0}
-    settings = {"split": split, "lambda_adv": lambda_adv}
+    settings = {"split": split, "lambda_adv": lambda_adv, "method": "clan"}
     return {"seed": seed, "settings": settings, "commit": "c", "machine": "m", "result": result}
 
 
