@@ -7,7 +7,7 @@ python eval.py predict runs/RUN --images photos --out masks --window 512 1024
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,41 @@ def by_windows(
             p[:, *box] += p_of_part
             m[box] += m_of_part
             times[box] += 1
-    return p / times, m / times
+    return p.div_(times), m.div_(times)
+
+
+STRIP = 128  # rows of a photograph that are worked on at a time
+
+
+def strips(x: torch.Tensor, size: Sequence[int]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, B C n W): B C h w up-sampled to `size` H W, a strip of n rows after the other.
+
+    All C planes of a large photograph would take gigabytes.
+    """
+    (h, w), (H, W) = x.shape[-2:], size
+    columns = clan.hat_weights(w, W, x.dtype, x.device).T
+    weights = clan.hat_weights(h, H, x.dtype, x.device)
+    for y in range(0, H, STRIP):
+        rows = slice(y, min(y + STRIP, H))
+        yield rows, weights[rows] @ x @ columns
+
+
+@torch.no_grad()
+def confidence_and_m(
+    G: Generator, image: torch.Tensor, size: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(classes, confidence, M) of one image 3 h w at `size` H W, as `ensemble_and_m` has them."""
+    G.eval()
+    both = torch.cat(G(image[None].to(next(G.parameters()).device))).float()  # 2 C h w
+    classes, confidence, m = (
+        torch.zeros(*size, dtype=t) for t in (torch.uint8, *[torch.float] * 2)
+    )
+    for rows, logits in strips(both, size):
+        p = logits.sum(dim=0).softmax(dim=0)  # C n W
+        confidence[rows], classes[rows] = (x.cpu() for x in p.max(dim=0))
+        p1, p2 = logits.softmax(dim=1).split(1)
+        m[rows] = discrepancy_map(p1, p2)[0, 0].cpu()
+    return classes, confidence, m
 
 
 class Found(NamedTuple):
@@ -129,14 +163,13 @@ def look_at(
         device = next(G.parameters()).device
         found = predict(G, seen[None].to(device), [own_size])[0]
         return Found(found.cpu().numpy(), None, None)
-    if several:
-        p, m = by_windows(G, seen, window or size)
-        p, m = (clan.upsample(x[None], own_size)[0] for x in (p, m[None]))
-        m = m[0]
-    else:
-        p, m = ensemble_and_m(G, seen, own_size)
-    best, classes = p.max(dim=0)
-    return Found(classes.to(torch.uint8).numpy(), best.numpy(), m.numpy())
+    if not several:
+        return Found(*(x.numpy() for x in confidence_and_m(G, seen, own_size)))
+    p, m = by_windows(G, seen, window or size)
+    classes, confidence = (np.zeros(own_size, t) for t in (np.uint8, np.float32))
+    for rows, part in strips(p[None], own_size):
+        confidence[rows], classes[rows] = (x.numpy() for x in part[0].max(dim=0))
+    return Found(classes, confidence, clan.upsample(m[None, None], own_size)[0, 0].numpy())
 
 
 # Files.

@@ -425,6 +425,19 @@ def test_eval_a_window_that_holds_the_image_gives_the_whole(tmp_path):
     assert (by_parts.classes == p.argmax(dim=0).numpy()).all() and by_parts.m is not None
 
 
+@pytest.mark.parametrize("size", ((64, 128), (300, 90), (37, 401)))
+def test_predict_in_strips_finds_what_the_whole_image_finds(size, monkeypatch):
+    monkeypatch.setattr(predictions, "STRIP", 50)
+    torch.manual_seed(0)
+    G = models.Generator("tiny", head_std=0.3)
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8, generator=seeded())
+    p, m = predictions.ensemble_and_m(G, image, size)
+    classes, confidence, m_in_strips = predictions.confidence_and_m(G, image, size)
+    assert (classes != p.argmax(dim=0)).float().mean() < 0.001
+    torch.testing.assert_close(confidence, p.amax(dim=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(m_in_strips, m, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     (
