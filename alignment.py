@@ -31,15 +31,15 @@ class PixelD(nn.Module):
     Each output has layers of its own, as if it were a D by itself.
     """
 
-    def __init__(self, channels: int, widths: tuple[int, int], outputs: int = 1):
+    def __init__(self, channels: int, widths: tuple[int, int], dropout: float, outputs: int = 1):
         super().__init__()
         first, second = (n * outputs for n in widths)
         self.layers = nn.Sequential(
             nn.Conv2d(channels, first, 1),
-            nn.Dropout2d(0.5),
+            nn.Dropout2d(dropout),
             nn.ReLU(),
             nn.Conv2d(first, second, 1, groups=outputs),
-            nn.Dropout2d(0.5),
+            nn.Dropout2d(dropout),
             nn.ReLU(),
             nn.Conv2d(second, outputs, 1, groups=outputs),
         )
@@ -91,15 +91,16 @@ class CycadaHyper(Hyper):
 
     gate: float = 0.6  # G moves while D's mean accuracy is above it (its code: 0.6)
     gate_steps: int = 100  # the steps over which this mean is taken (its code: 100)
+    d_dropout: float = 0.5  # share of D's channels that are dropped (its code: 0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gate_steps < 1 or not 0 <= self.gate < 1:
-            raise ValueError("gate_steps must be at least 1, and 0 <= gate < 1")
+        if self.gate_steps < 1 or not 0 <= self.gate < 1 or not 0 <= self.d_dropout < 1:
+            raise ValueError("gate_steps must be at least 1; gate and d_dropout in [0, 1)")
 
 
-def cycada_d(G: Generator, hyper: Hyper) -> PixelD:
-    return PixelD(G.num_classes, (512, 256))
+def cycada_d(G: Generator, hyper: CycadaHyper) -> PixelD:
+    return PixelD(G.num_classes, (512, 256), hyper.d_dropout)
 
 
 def cycada_step(
@@ -151,15 +152,18 @@ class FcnsWildHyper(Hyper):
     lambda_size: float = 0.1  # weight of the loss of class sizes (third party: a tenth of the rate)
     slack: float = 2.0  # largest price of a lower bound (third party: 2)
     solver_steps: int = 50  # of the dual problem
+    d_dropout: float = 0.5  # share of D's channels that are dropped (third party: 0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.solver_steps < 1 or min(self.lambda_size, self.slack) < 0:
             raise ValueError("solver_steps must be at least 1; lambda_size, slack not negative")
+        if not 0 <= self.d_dropout < 1:
+            raise ValueError("d_dropout must be in [0, 1)")
 
 
-def fcns_wild_d(G: Generator, hyper: Hyper) -> PixelD:
-    return PixelD(feature_channels(G), (1024, 1024))
+def fcns_wild_d(G: Generator, hyper: FcnsWildHyper) -> PixelD:
+    return PixelD(feature_channels(G), (1024, 1024), hyper.d_dropout)
 
 
 def class_sizes(labels: Iterable[Tensor], num_classes: int) -> Tensor:
@@ -279,11 +283,14 @@ class CrossCityHyper(Hyper):
     lambda_class: float = 0.001  # weight of the class-wise losses (paper: not known)
     class_start: float = 0.1  # share of the adaptation before these begin (code: 1000 of 10,000)
     cell_channels: int = 64  # width of each D (code: 1024)
+    d_dropout: float = 0.5  # share of D's channels that are dropped (code: 0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.class_start <= 1 or self.cell_channels < 1:
             raise ValueError("0 <= class_start <= 1, and cell_channels must be at least 1")
+        if not 0 <= self.d_dropout < 1:
+            raise ValueError("d_dropout must be in [0, 1)")
 
 
 class CellPredictions(NamedTuple):
@@ -297,7 +304,7 @@ class CellPredictions(NamedTuple):
 
 def cross_city_d(G: Generator, hyper: CrossCityHyper) -> PixelD:
     width = hyper.cell_channels
-    return PixelD(feature_channels(G), (width, width), outputs=1 + G.num_classes)
+    return PixelD(feature_channels(G), (width, width), hyper.d_dropout, 1 + G.num_classes)
 
 
 def cell_labels(labels: Tensor, num_classes: int, size: Sequence[int]) -> Tensor:

@@ -53,6 +53,7 @@ from measure import (
     steps_per_second,
     time_shares,
 )
+from methods import METHODS
 from models import BACKBONES
 from settings import OF_BACKBONE, configure
 
@@ -62,8 +63,39 @@ GOAL = 0.025  # seconds a step: 100,000 of them in 42 minutes
 # The commands. Each returns what --json prints.
 
 
+def bench_method(args, console: Console) -> dict:
+    """Time and peak memory of a method's step in adaptation, over those of source only."""
+    table = Table("method", "s a step", "quartiles", "over source only", "peak GB", "over it")
+    hypers = {
+        name: configure({"backbone": args.backbone, "method": name} | args.task)[1]
+        for name in ("source", args.method)
+    }
+    batch = args.batch or hypers["source"].batch
+    case = Case(args.backbone, args.sizes, batch, device=args.device)
+    case = replace(case, precision="bf16" if args.amp else "ieee")
+    step = min(hyper.steps for hyper in hypers.values()) - 1
+    subjects = {name: Subject(case, hyper, step) for name, hyper in hypers.items()}
+    times = step_times(subjects, step, args.repeats)
+    found = {name: median_and_quartiles(values) for name, values in times.items()}
+    del subjects
+    peaks = {name: peak_bytes(case, hyper, step) for name, hyper in hypers.items()}
+    for name, (median, low, high) in found.items():
+        ratios = median / found["source"][0], peaks[name] / peaks["source"]
+        table.add_row(
+            *(METHODS[name].label, f"{median:.4f}", f"{low:.4f} to {high:.4f}"),
+            *(f"{ratios[0]:.2f}", f"{peaks[name] / 1e9:.2f}", f"{ratios[1]:.2f}"),
+        )
+    console.print(table)
+    return {"step_ratio": ratios[0], "peak_ratio": ratios[1]}
+
+
 def bench_step(args, console: Console) -> dict:
-    """Times a step before and a step with adaptation, and computes a whole run from both."""
+    """Times a step before and a step with adaptation, and computes a whole run from both.
+
+    With --method: that method's step over one of source only.
+    """
+    if args.method:
+        return bench_method(args, console)
     _, hyper = configure({"backbone": args.backbone} | args.task)
     plain = Case(args.backbone, args.sizes, 1, device=args.device, plain=True)
     ours = replace(plain, batch=args.batch or hyper.batch, plain=False, compile=args.compile)
@@ -251,6 +283,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--backbone", choices=BACKBONES, default="tiny")
     top.add_argument("--sizes", type=int, nargs=4, help="H W of the source, H W of the target")
     top.add_argument("--batch", type=int, help="images of each domain [the backbone's]")
+    top.add_argument("--method", choices=METHODS, help="of step: this one over source only")
     top.add_argument("--amp", action="store_true", help="ours in bfloat16")
     top.add_argument("--compile", choices=("off", "on", "blocks"), default="off")
     top.add_argument("--merge-heads", action="store_true", help="ours with merged heads")

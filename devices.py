@@ -215,17 +215,39 @@ def data_parallel(method: Method, G: nn.Module, D: nn.Module | None, hyper: Hype
     """
     if not in_group():
         return method
+    if method.later_steps(hyper):
+        return averaged_by_hand(method, G, D)
     wrap = torch.nn.parallel.DistributedDataParallel
     more = getattr(D, "of_g", None)
     trained = G if more is None else nn.ModuleList([G, more])  # `more` begins at adv_start
-    steps = method.later_steps(hyper)  # one of these may train only a part of G
-    wrapped = {s: wrap(Step(s, G), find_unused_parameters=True) for s in set(steps)}
     return replace(
         method,
         g_step=wrap(Step(method.g_step, trained), find_unused_parameters=more is not None),
-        later_steps=lambda hyper: tuple(wrapped[step] for step in steps),
         d_step=method.d_step if D is None else wrap(Step(method.d_step, D)),
     )
+
+
+def averaged_by_hand(method: Method, G: nn.Module, D: nn.Module | None) -> Method:
+    """The method, whose gradients are averaged one by one as they arrive.
+
+    DDP cannot have several steps of the same parameters of which one trains a part alone.
+    """
+
+    def average(p: nn.Parameter) -> None:
+        if p.grad is not None:
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= ranks()[1]
+
+    for network in (G, D):
+        for p in network.parameters() if network is not None else ():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(average)
+
+    def g_step(*arguments: Any) -> Any:
+        share_buffers(G)
+        return method.g_step(*arguments)
+
+    return replace(method, g_step=g_step)
 
 
 def does_not_fit(error: BaseException) -> bool:

@@ -30,10 +30,11 @@ import devices
 import eval as evaluation
 import streets
 import train
+from baselines import Images, State
 from classes import LABEL_IDS, TO_TRAIN_IDS
 from compilation import Switch
 from devices import place
-from methods import METHODS
+from methods import METHODS, Method
 from models import (
     Discriminator,
     Generator,
@@ -82,6 +83,7 @@ class Subject:
         if case.compile == "blocks":
             self.switch.blocks(self.G)
         self.batch = noise(case)
+        self.state = method_state(self.method, self.G, self.batch, step, hyper)
         if self.device.type == "cuda":
             self.batch = pinned(self.batch)
         self.autocast = torch.autocast(
@@ -100,7 +102,7 @@ class Subject:
             if self.case.plain:
                 return plain_step(self.G, self.D, self.opt_g, self.opt_d, batch, phase, self.hyper)
             parts = (self.method, self.G, self.D, self.opt_g, self.opt_d)
-            train.one_step(*parts, {}, batch, phase, self.hyper, self.autocast)
+            train.one_step(*parts, self.state, batch, phase, self.hyper, self.autocast)
 
     def wait(self) -> None:
         devices.wait(self.device)
@@ -153,7 +155,11 @@ def plain_step(
 
 def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discriminator]:
     G = place(Generator(case.backbone, case.classes), case.device, case.plain)
-    D = Discriminator(case.classes, hyper.d_channels, hyper.d_strides)
+    build_d = METHODS[hyper.method].build_d
+    if build_d:
+        D = build_d(G, hyper)
+    else:
+        D = Discriminator(case.classes, hyper.d_channels, hyper.d_strides)
     D = place(D, case.device, case.plain)
     if case.merge_heads:
         merge_heads(G)
@@ -162,6 +168,19 @@ def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discr
     statistics = clan.uses_batch_statistics(step, hyper)
     set_batchnorm(G.train(), train_affine=hyper.bn_affine, batch_statistics=statistics)
     return G, D
+
+
+def method_state(
+    method: Method, G: Generator, batch: clan.Batch, step: int, hyper: clan.Hyper
+) -> State:
+    """The state with which a method takes this step, made from the batch in place of data sets."""
+    state = method.first_state(G, hyper) if method.first_state else {}
+    if method.before_step and step >= hyper.adv_start:
+        target, device = batch.target, next(G.parameters()).device
+        assert target is not None
+        images = Images(lambda: [target.to(device)], lambda: [batch.labels])
+        state |= method.before_step(hyper.adv_start, G, images, hyper)
+    return state
 
 
 def noise(case: Case, device: torch.device | str = "cpu") -> clan.Batch:

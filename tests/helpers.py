@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -332,3 +334,11 @@ def study_error(what: str, folder: Path, *flags: str) -> str:
         studied(what, folder, *flags)
     assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: ")
     return caught.value.code
+
+
+def torchrun(*flags: str, restarts: int = 0, **options) -> subprocess.Popen:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", "2", "--max-restarts", str(restarts), str(HERE / "train.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launch, *flags], env=environment, **pipes | options)

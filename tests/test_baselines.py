@@ -21,6 +21,7 @@ from helpers import (
     some_labels,
     steps_logged,
     studied,
+    torchrun,
 )
 from torch.autograd import gradcheck
 
@@ -201,7 +202,7 @@ def test_alignment_cell_labels_and_class_wise_losses_are_those_of_loops():
 
 def test_alignment_each_output_of_the_pixel_d_is_a_d_by_itself():
     torch.manual_seed(0)
-    D = alignment.PixelD(6, (4, 4), outputs=3).eval()
+    D = alignment.PixelD(6, (4, 4), 0.5, outputs=3).eval()
     x = torch.randn(2, 6, 5, 5)
     before = D(x)
     with torch.no_grad():
@@ -388,6 +389,70 @@ def test_baselines_all_share_the_warm_up_of_source_only_without_changing_a_bit(s
         alone = tmp_path / name
         train.main([*flags, "--method", name, "--seed", "3", "--out", str(alone)])
         assert_equal(last_tensors(out / f"{name}-seed3"), last_tensors(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_baselines_two_processes_take_the_step_of_one_with_twice_the_batch(name, tmp_path):
+    """Same weights but for the order of sums. All pixels have pseudo-labels, since each process
+    takes the mean over its own."""
+    flags = flags_of(name, "--batchnorm", "running", "--no-bn-affine", "--lr-g", "0.001")
+    flags += ["--portion", "1", "--portion-max", "1"] if name in ("st", "cbst") else []
+    flags += ["--lr-d", "0.00001"] if METHODS[name].has_d else []
+    flags += ["--d-dropout", "0"] if "d_dropout" in vars(configure({"method": name})[1]) else []
+    place = flags.index("--batch")
+    del flags[place : place + 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    process = torchrun(*flags, "--batch", "1", "--out", str(two))
+    train.main([*flags, "--batch", "2", "--out", str(one)])
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    a, b = last_tensors(one), last_tensors(two)
+    assert a.keys() == b.keys()
+    far = []
+    for key in a:  # Adam divides D's gradients by their size, also those that are next to nothing
+        least = 1e-4 if key.startswith("D.") else 1e-5
+        same = torch.allclose(a[key].float(), b[key].float(), rtol=1e-3, atol=least)
+        far += [] if same or key.startswith("opt_d.") else [key]
+    assert not far
+
+
+@pytest.mark.slow
+def test_baselines_two_processes_count_the_confidences_of_both(tmp_path):
+    flags = "--portion 0.3 --rounds 1 --steps 5 --method cbst --batchnorm running --no-bn-affine"
+    flags = [*flags_of("cbst")[: -len(OWN["cbst"])], *flags.split()]
+    one, two = tmp_path / "one", tmp_path / "two"
+    place = flags.index("--batch")
+    del flags[place : place + 2]
+    process = torchrun(*flags, "--batch", "1", "--out", str(two))
+    train.main([*flags, "--batch", "2", "--out", str(one)])
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    a, b = (last_tensors(out)["state.thresholds"] for out in (one, two))
+    assert len(set(a.tolist())) > 2 and (a - b).abs().max() <= 2 / baselines.BINS
+
+
+def error_of_bfloat16(name: str) -> float:
+    """How far autocast moves E's gradient in G's step, of its size; the losses move by 2 %."""
+    G, D, batch, phase, hyper, state = ready(name)
+    if D is not None:
+        D.eval()  # no dropout
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            more = (state,) if METHODS[name].first_state else ()
+            loss, terms, _ = METHODS[name].g_step(G, D, batch, phase, hyper, *more)
+        gradient = torch.autograd.grad(loss, list(G.E.parameters()))
+        found.append((terms, torch.cat([x.flatten() for x in gradient])))
+    (terms, exact), (rounded, near) = found
+    for key in terms:
+        assert rounded[key].item() == pytest.approx(terms[key].item(), rel=0.02, abs=0.02), key
+    return ((near - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_baselines_bfloat16_moves_a_gradient_hardly_more_than_that_of_clan(name):
+    assert error_of_bfloat16(name) < 1.5 * error_of_bfloat16("clan")
 
 
 @pytest.mark.slow

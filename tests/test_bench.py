@@ -13,6 +13,7 @@ from PIL import Image
 import bench
 import gpu
 import measure
+from methods import METHODS
 from settings import configure
 
 # The benchmark.
@@ -171,3 +172,12 @@ def test_bench_growth_measures_and_draws(monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "pixels: at the largest sizes time grows as the power" in shown
     assert Image.open(tmp_path / "growth.png").size[0] > 500
+
+
+@pytest.mark.slow
+def test_bench_every_method_is_measured_over_source_only(capsys):
+    for name in METHODS:
+        flags = ["--method", name, "--repeats", "1", "--sizes", "32", "64", "32", "64", "--json"]
+        bench.main(["step", *flags, "--batch", "2"])
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["step_ratio"] > 0 and found["peak_ratio"] > 0

@@ -29,6 +29,7 @@ from helpers import (
     run,
     run_error,
     spoil,
+    torchrun,
 )
 from PIL import Image
 from rich.console import Console
@@ -328,14 +329,6 @@ def test_train_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path,
 
 
 # Many processes.
-
-
-def torchrun(*flags: str, restarts: int = 0, **options) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node", "2", "--max-restarts", str(restarts), str(HERE / "train.py")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launch, *flags], env=environment, **pipes | options)
 
 
 def test_train_two_processes_take_the_step_of_one_with_twice_the_batch(tmp_path):
