@@ -102,7 +102,7 @@ METHODS = {
         build_d=baselines.Levels,
     ),
     "cycada": Method(
-        "CyCADA, features",
+        "CyCADA (feature)",
         NOT_OF_BASELINES | D_SHAPE,
         alignment.CycadaHyper,
         g_step=alignment.cycada_step,
