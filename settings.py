@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,6 +188,7 @@ def choices() -> dict[str, tuple[str, ...]]:
     }
 
 
+@lru_cache
 def comments(cls: type) -> dict[str, str]:
     """The comment of each field of a dataclass."""
     found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
@@ -197,6 +199,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@lru_cache
 def groups(cls: type) -> dict[str, str]:
     """The group of each field: the comment line above the first of them."""
     found, title = {}, cls.__name__

@@ -44,7 +44,7 @@ FLAGS = f"{SIZES} --log-every 1 --save-every 1 --keep 9".split()
 def open_trio(folder: Path, split: str, size, labels) -> DataSet:
     images = (folder / "frames").glob("*.png")
     label_of = lambda image: folder / "ids" / image.name  # noqa: E731
-    pairs = data.pair(images, label_of, labels, folder, DATA_ROW.layout)
+    pairs = data.pair(images, label_of, labels, folder, DATA_ROW.layout, folder / "ids")
     return DataSet("trio", CLASSES, CLASSES, size, size, pairs)
 
 
