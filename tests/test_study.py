@@ -224,6 +224,7 @@ def test_study_table_runs_a_cell_once_and_goes_on_with_an_interrupted_one(
     assert "seeds 0, 1" in content["notes"][-1] and (out / "table-streets-streets-tiny.md").exists()
 
 
+@pytest.mark.slow
 def test_study_a_shared_warm_up_changes_no_bit(scenes, tmp_path):
     """Source only, from TAN's checkpoint at adv_start, and CLAN's variants from CLAN's."""
     out = studied("table", tmp_path / "all", "--seeds", "3") / "streets-streets-tiny"

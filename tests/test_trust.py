@@ -331,6 +331,7 @@ def test_train_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path,
 # Many processes.
 
 
+@pytest.mark.slow
 def test_train_two_processes_take_the_step_of_one_with_twice_the_batch(tmp_path):
     """Same weights and score but for the order of sums: BatchNorm uses its running statistics."""
     flags = "--src-size 32 64 --tgt-size 32 64 --steps 6 --adv-start 3 --d-channels 4 --device cpu"
