@@ -147,13 +147,21 @@ def to_disk(path: Path) -> None:
 
 @lru_cache  # asked once: a later checkout does not change the code that runs
 def commit() -> str:
-    """The commit of this code, "-dirty" if it was changed since, or "unknown" outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of this code, "-dirty" if it was changed since, or "unknown" outside git.
+
+    Studies add lines to results/, which is no code.
+    """
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+
     try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        name = git("describe", "--always", "--abbrev=12", "--exclude=*").stdout.strip()
+        changed = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)results").returncode == 1
     except FileNotFoundError:  # no git on this machine
         return "unknown"
-    return result.stdout.strip() or "unknown"
+    return name + "-dirty" * changed if name else "unknown"
 
 
 # Reading.
