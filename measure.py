@@ -153,14 +153,10 @@ def plain_step(
         value.item()
 
 
-def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Discriminator]:
+def networks(case: Case, hyper: clan.Hyper, step: int) -> tuple[Generator, Any]:
     G = place(Generator(case.backbone, case.classes), case.device, case.plain)
-    build_d = METHODS[hyper.method].build_d
-    if build_d:
-        D = build_d(G, hyper)
-    else:
-        D = Discriminator(case.classes, hyper.d_channels, hyper.d_strides)
-    D = place(D, case.device, case.plain)
+    D = train.second_network(G, hyper)
+    D = D if D is None else place(D, case.device, case.plain)
     if case.merge_heads:
         merge_heads(G)
     if case.recompute:

@@ -55,6 +55,19 @@ class Method:
     moves_g: Callable[[State, Phase, Any], bool] = lambda state, phase, hyper: True  # in this step
 
 
+def self_training(label: str, balanced: bool) -> Method:
+    """The row of ST or CBST: they differ in how thresholds are chosen."""
+    return Method(
+        label,
+        CLAN_ONLY | ADVERSARIAL,
+        baselines.SelfTrainingHyper,
+        has_d=False,
+        g_step=baselines.self_training_step,
+        first_state=baselines.first_labeller,
+        before_step=partial(baselines.new_round, balanced=balanced),
+    )
+
+
 METHODS = {
     "source": Method("source only", CLAN_ONLY | ADVERSARIAL, reads_target=False),
     "tan": Method("TAN", CLAN_ONLY),
@@ -75,24 +88,8 @@ METHODS = {
         g_step=baselines.mcd_step,
         later_steps=baselines.mcd_later_steps,
     ),
-    "st": Method(
-        "ST",
-        CLAN_ONLY | ADVERSARIAL,
-        baselines.SelfTrainingHyper,
-        has_d=False,
-        g_step=baselines.self_training_step,
-        first_state=baselines.first_labeller,
-        before_step=partial(baselines.new_round, balanced=False),
-    ),
-    "cbst": Method(
-        "CBST",
-        CLAN_ONLY | ADVERSARIAL,
-        baselines.SelfTrainingHyper,
-        has_d=False,
-        g_step=baselines.self_training_step,
-        first_state=baselines.first_labeller,
-        before_step=partial(baselines.new_round, balanced=True),
-    ),
+    "st": self_training("ST", balanced=False),
+    "cbst": self_training("CBST", balanced=True),
     "multi": Method(
         "TAN, two levels",
         NOT_OF_BASELINES,

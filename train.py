@@ -229,12 +229,7 @@ def first_networks(
         devices.keep_freed_memory()
     torch.manual_seed(settings.seed)
     G = Generator(settings.backbone, num_classes, settings.lineage, hyper.head_std)
-    method = METHODS[hyper.method]
-    D = None
-    if method.build_d:
-        D = method.build_d(G, hyper)
-    elif method.has_d:
-        D = Discriminator(num_classes, hyper.d_channels, hyper.d_strides)
+    D = second_network(G, hyper)
     if settings.init != "none" and not resume:
         load_weights(G, settings.init, say=console.print)
     if settings.merge_heads:
@@ -242,6 +237,16 @@ def first_networks(
     if settings.recompute:
         recompute_blocks(G)
     return devices.place(G, device), D if D is None else devices.place(D, device)
+
+
+def second_network(G: Generator, hyper: Hyper) -> Any:
+    """D, or what the method has in its place; None if it has neither."""
+    method = METHODS[hyper.method]
+    if method.build_d:
+        return method.build_d(G, hyper)
+    if not method.has_d:
+        return None
+    return Discriminator(G.num_classes, hyper.d_channels, hyper.d_strides)
 
 
 def build_optimizers(

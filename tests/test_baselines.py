@@ -276,7 +276,7 @@ def ready(name: str):
     _, hyper = configure({"method": name} | small)
     torch.manual_seed(0)
     G, method = Generator("tiny", head_std=0.1), METHODS[name]
-    D = train_d(method, G, hyper)
+    D = train.second_network(G, hyper)
     state = method.first_state(G, hyper) if method.first_state else {}
     images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8, generator=seeded())
     batch = Batch(images, some_labels(2, 19, 32, 64), images.flip(3), (32, 64))
@@ -286,12 +286,6 @@ def ready(name: str):
     if "class_begun" in state:
         state["class_begun"] = torch.ones(())
     return G, D, batch, clan.phase_at(hyper.adv_start, hyper), hyper, state
-
-
-def train_d(method, G, hyper):
-    if method.build_d:
-        return method.build_d(G, hyper)
-    return train.Discriminator(19, hyper.d_channels, hyper.d_strides) if method.has_d else None
 
 
 def learning(G, D) -> set[str]:
