@@ -169,8 +169,8 @@ def mcd_step(
     Differs: the heads are score layers alone, and it begins with a warm-up. The original's heads
     for VGG have fully connected layers of their own, and heads learn as fast as E.
     """
-    loss, terms = source_loss(G(batch.source), batch, phase, replace(hyper, seg_heads="each"))
-    return loss, terms, None
+    each = replace(hyper, seg_heads="each") if phase.adversarial else hyper
+    return *source_loss(G(batch.source), batch, phase, each), None
 
 
 def mcd_heads(G: Generator, batch: Batch, phase: Phase, hyper: McdHyper) -> tuple[Tensor, Terms]:

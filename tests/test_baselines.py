@@ -321,10 +321,12 @@ def test_baselines_each_step_gives_gradients_to_its_own_parts_alone(name):
         assert learning(G, D) == of_d
 
 
+@pytest.mark.parametrize("seg_heads", ("each", "ensemble"))
 @pytest.mark.parametrize("name", OTHERS)
-def test_baselines_the_warm_up_is_that_of_source_only(name):
+def test_baselines_the_warm_up_is_that_of_source_only(name, seg_heads):
     """Same loss and gradients; the target is not there and no part of the method's own learns."""
     G, D, batch, _, hyper, state = ready(name)
+    hyper = replace(hyper, seg_heads=seg_heads)
     method, phase = METHODS[name], clan.phase_at(0, hyper)
     alone = batch._replace(target=None, target_size=None)
     more = (state,) if method.first_state else ()
