@@ -37,6 +37,11 @@ from methods import uses_target
 PHOTOGRAPH_MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr")
 # Photographs of a folder.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# Images that are not read. One of these in a folder is an error: its owner counts on it.
+UNREAD: tuple[str, ...] = (".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx")
+UNREAD += (".jfif", ".jpe", ".gif", ".tga", ".ppm", ".pgm", ".psd")
+UNREAD += (".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".raf")
+UNREAD += (".orf", ".rw2", ".pef", ".srw", ".3fr", ".iiq", ".x3f")
 ORIENTATION = 274  # the EXIF tag; from 5 on height and width are exchanged
 
 
@@ -87,15 +92,21 @@ def decode(path: Path) -> Image.Image:
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: restore the file or the link to it") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): replace this file") from error
+        raise unreadable(path, error) from error
     return image
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """What to raise for a file that Pillow cannot read."""
+    remedy = "replace it with a PNG" if path.suffix.lower() in UNREAD else "replace this file"
+    return ValueError(f"{path} cannot be read ({error}): {remedy}")
 
 
 def read_header(path: Path) -> Image.Image:
     try:
         return Image.open(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): replace this file") from error
+        raise unreadable(path, error) from error
 
 
 def upright_size(path: Path) -> Size:
@@ -105,7 +116,7 @@ def upright_size(path: Path) -> Size:
     try:
         turned = image.getexif().get(ORIENTATION, 1) >= 5
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): replace this file") from error
+        raise unreadable(path, error) from error
     return (width, height) if turned else (height, width)
 
 
@@ -271,7 +282,8 @@ def complete(pairs: tuple, labels: Labels, where: Path, layout: str, labels_in: 
     no missing labels: then the first that was looked for is named.
     """
     missing = [label for _, label in pairs if not label.is_file()]
-    if labels != "required" and len(missing) == len(pairs) and not photographs_below(labels_in):
+    none_there = labels != "required" and len(missing) == len(pairs)
+    if none_there and not with_ending(files_below(labels_in), SUFFIXES):
         return tuple((image, None) for image, _ in pairs)
     if missing and labels != "unchecked":
         raise ValueError(
@@ -345,7 +357,29 @@ def folder_of_images(folder: Path, split: str, labels: Labels) -> Path:
 
 
 def photographs_below(folder: Path) -> list[Path]:
-    """The photographs of a folder and its folders, but for names that begin with a dot.
+    """The photographs of a folder and its folders, as `files_below` finds them.
+
+    Raises ValueError for images of other endings. One that has been converted, so that the new file
+    of the same name lies beside it, is passed over.
+    """
+    files = files_below(folder)
+    found = with_ending(files, SUFFIXES)
+    names = {path.with_suffix("") for path in found}
+    unread = [path for path in with_ending(files, UNREAD) if path.with_suffix("") not in names]
+    if unread:
+        raise ValueError(
+            f"{len(unread)} of {len(found) + len(unread)} images in {folder} have an ending that "
+            f"is not read here, the first is {unread[0]}: convert them to JPEG, or move them away"
+        )
+    return found
+
+
+def with_ending(files: Iterable[Path], endings: tuple[str, ...]) -> list[Path]:
+    return [path for path in files if path.suffix.lower() in endings]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder and its folders, sorted, but for names that begin with a dot.
 
     Links to folders are followed, to each folder once.
     """
@@ -357,8 +391,7 @@ def photographs_below(folder: Path) -> list[Path]:
             inner.clear()
             continue
         seen.add(real)
-        files = (Path(place, name) for name in names if not name.startswith("."))
-        found += [path for path in files if path.suffix.lower() in SUFFIXES]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
 

@@ -41,13 +41,13 @@ from devices import (
     share_buffers,
     uses_bfloat16,
 )
-from export import export_main
+from export import KINDS, export_main
 from folders import read_classes
 from methods import METHODS
 from models import Generator
 from predictions import add_flags, ensemble_and_m, predict, predict_main
 from runlog import progress_bar, tracked
-from settings import short_side
+from settings import one_of, short_side
 from weights import load_generator
 
 
@@ -446,6 +446,28 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def remedy_for(run: Callable, args: argparse.Namespace, in_worker: bool) -> str:
+    """The flags that would lower the memory of this command, in a sentence.
+
+    in_worker: a process that reads images has been killed.
+    """
+    if run is export_main:
+        return "No flag lowers it: use a machine with more memory."
+    if in_worker:
+        return "Give fewer --workers."
+    words = ["a smaller --tgt-size"]
+    if run is predict_main:
+        words = ["a smaller --short-side"]
+        if args.window:  # without --short-side it sees photographs at their own sizes
+            words = [f"a {'smaller ' * bool(args.short_side)}--short-side", "a smaller --window"]
+        elif args.short_side:
+            words.append("a --window")
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if on_gpu and args.run.suffix.lower() not in KINDS:  # an exported file runs on the CPU
+        words.append("--device cpu")
+    return f"Give {one_of(words)}."
+
+
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     command = parser()
@@ -474,11 +496,8 @@ def main(argv=None) -> None:
             if isinstance(error, (ValueError, OSError)):
                 sys.exit(f"error: {error}")
             raise
-        first = (str(error) or "no memory").splitlines()[0].rstrip(".")
-        sys.exit(
-            f"error: {first}. Give a smaller --tgt-size; of predict a smaller --short-side, or a "
-            "--window; or --device cpu"
-        )
+        first = (str(error) or "no memory").splitlines()[0].rstrip(". ")
+        sys.exit(f"error: {first}. {remedy_for(run, args, 'DataLoader worker' in first)}")
     except KeyboardInterrupt:
         sys.exit("stopped before the end: predictions so far are written, and no score")
 

@@ -19,10 +19,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 import clan
 from checkpoints import newest_valid, read_metadata, saved
 from data import DATASETS
-from devices import launch
+from devices import count_workers, launch, uses_bfloat16
 from methods import METHODS, own_fields, unused_fields
 from models import BACKBONES, check_choice, has_imagenet, lineage_for, strides_for
 
@@ -135,6 +137,68 @@ OF_BACKBONE: dict[str, Flags] = {
 def short_side(backbone: str) -> int:
     """Of a folder's images, unless --tgt-size or --src-size gives another size."""
     return {"tiny": 144, "lite0": 192}.get(backbone, 512)
+
+
+def less_memory(settings: Settings, hyper: clan.Hyper, resumed: bool = False) -> str:
+    """A sentence or two: the flags that would lower the memory of this run on this machine.
+
+    resumed: it goes on from a checkpoint, so only flags of FREE can change.
+    """
+    flags = memory_flags(settings, hyper)
+    now = [words for name, words in flags.items() if name in FREE or not resumed]
+    later = [words for words in flags.values() if words not in now]
+    sentences = [f"Give {one_of(now)}."] if now else []
+    if later:
+        sentences.append(f"{'Or start' if now else 'Start'} a new run with {one_of(later)}.")
+    return " ".join(sentences) or "No flag lowers it: use a machine with more memory."
+
+
+def one_of(words: list[str]) -> str:
+    """a, b or c"""
+    return ", ".join([*words[:-2], " or ".join(words[-2:])])
+
+
+def memory_flags(settings: Settings, hyper: clan.Hyper) -> dict[str, str]:
+    """What to give so that this run takes less memory, by the field that it sets."""
+    words: dict[str, str] = {}
+    if settings.backbone != "vgg16" and not settings.recompute:  # vgg16 has no residual blocks
+        compiled = settings.compile in ("on", "blocks")
+        words["recompute"] = "--recompute" + " with --compile off" * compiled
+    device = settings.device.split(":")[0]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not uses_bfloat16(settings.amp, torch.device(device)):
+        words["amp"] = "--amp bf16"
+    words |= size_flags(settings, hyper.crop)
+    if hyper.batch > 1:
+        words["batch"] = f"a smaller --batch than {hyper.batch}"
+    drawn = settings.src == settings.tgt == "streets"
+    if workers := count_workers(settings.workers, drawn):
+        words["workers"] = f"fewer --workers than {workers}"
+        words["workers"] += " (for the computer's own memory)" * (device == "cuda")
+    return words
+
+
+def size_flags(settings: Settings, crops: bool) -> dict[str, str]:
+    """Of `memory_flags` those that make the images smaller. crops: the run trains on crops."""
+    words: dict[str, str] = {}
+    for side in ("src", "tgt"):
+        name, field = getattr(settings, side), f"{side}_size"
+        size = getattr(settings, field) or DATASETS[name].size
+        if side == "src" and name == "streets" and not settings.src_size:
+            continue  # drawn at the size of its target
+        if size is None:
+            of_folder = short_side(settings.backbone)
+            words[field] = f"a {flag_of(field)} with a short side below {of_folder}"
+            continue
+        # Only a data set with a place in --data has crops, of 512x1024.
+        crop = (min(size[0], 512), min(size[1], 1024)) if DATASETS[name].folder else size
+        if crop != size and not crops:
+            words["crop"] = "--crop"
+        seen = crop if crops else size
+        if max(seen) > 32:
+            words[field] = f"a smaller {flag_of(field)} than {shown(seen)}"
+    return words
 
 
 def defaults(settings: Settings) -> Flags:

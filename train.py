@@ -48,7 +48,7 @@ from checkpoints import (
 )
 from clan import Batch, Hyper, Phase, Terms
 from compilation import Arguments, CompiledSteps, what_to_compile
-from methods import METHODS, Method, State, uses_target
+from methods import METHODS, Method, State, state_of, uses_target
 from models import (
     Discriminator,
     Generator,
@@ -62,6 +62,7 @@ from settings import (
     Settings,
     configure,
     flag_of,
+    less_memory,
     parse,
     refuse_unused_flags,
     restarted,
@@ -132,7 +133,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
 
     G, D = first_networks(settings, hyper, len(source.classes), device, resume, console)
     opt_g, opt_d = build_optimizers(G, D, hyper)
-    state = method.first_state(G, hyper) if method.first_state else {}
+    state = state_of(method, G, hyper)
     parts = (G, D, opt_g, opt_d, state)  # all that a step changes, and a checkpoint holds
     introduce(settings, hyper, source, target, val, device, console)
     decisions = restore(resume, target.size, device, console, *parts) if resume else {}
@@ -552,16 +553,14 @@ def finish(
 
 # The program.
 
-LESS_MEMORY = (
-    "Give --recompute (not for vgg16), --amp bf16, --crop, a smaller --src-size and --tgt-size, a "
-    "smaller --batch, or fewer --workers."
-)
+NOT_BEGUN = "Make room in the memory: the run has not begun."
 
 
 def main(argv: list[str] | None = None) -> None:
     flags, resume = parse(argv, __doc__ or "")
     place = devices.launch()
     console = Console(quiet=place.rank > 0)
+    known: tuple[Settings, Hyper, bool] | None = None
     try:
         refuse_unused_flags(flags)
         folder = run_folder(flags, resume)
@@ -570,6 +569,7 @@ def main(argv: list[str] | None = None) -> None:
             if resume is not None:
                 flags, resume = resumed(flags, resume, console.print)
             settings, hyper = configure(flags)
+            known = settings, hyper, resume is not None
             train(settings, hyper, resume, console)
         devices.leave_processes()
     except Stopped as stopped:
@@ -581,7 +581,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         if devices.does_not_fit(error):
-            sys.exit(f"error: {(str(error) or 'no memory').splitlines()[0]} {LESS_MEMORY}")
+            first = (str(error) or "no memory").splitlines()[0].rstrip(". ")
+            sys.exit(f"error: {first}. {less_memory(*known) if known else NOT_BEGUN}")
         if isinstance(error, (ValueError, OSError, FloatingPointError)):
             full = getattr(error, "errno", None) == errno.ENOSPC
             sys.exit(f"error: {error}" + "; make room, then go on with --resume" * full)

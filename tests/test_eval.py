@@ -493,6 +493,55 @@ def test_eval_predict_without_photographs_ends_with_one_sentence(tmp_path):
         evaluation.main([*arguments, "--out", str(tmp_path)])
 
 
+def test_eval_predict_names_images_that_it_does_not_read(tmp_path):
+    """In a folder before the first mask is made. Named by itself, it is a file to replace."""
+    run, photos = tmp_path / "run.safetensors", tmp_path / "photos"
+    save_file(tensors_of(models.Generator("tiny")), run)
+    write_png(photos / "a.png", striped((40, 56), range(19))[0])
+    (photos / "b.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    arguments = ["predict", str(run), "--backbone", "tiny", "--out", str(tmp_path / "masks")]
+    with pytest.raises(SystemExit, match=r"error: 1 of 2 images .*/b\.heic: convert them to JPEG"):
+        evaluation.main([*arguments, "--images", str(photos)])
+    assert not (tmp_path / "masks").exists()
+    with pytest.raises(SystemExit, match=r"b\.heic cannot be read .*: replace it with a PNG$"):
+        evaluation.main([*arguments, "--images", str(photos / "b.heic")])
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "remedy"),
+    (
+        ("evaluate", "", "Give a smaller --tgt-size."),
+        ("predict", "", "Give a smaller --short-side."),
+        ("predict", "--short-side 900", "Give a smaller --short-side or a --window."),
+        ("predict", "--window 64 64", "Give a --short-side or a smaller --window."),
+        ("predict", "--window 64 64 --short-side 900", "Give a smaller --short-side or a smaller"),
+        ("export", "", "No flag lowers it: use a machine with more memory."),
+    ),
+)
+def test_eval_out_of_memory_names_flags_of_the_command(command, flags, remedy, monkeypatch):
+    words = {"predict": "predict run --images a --out b", "export": "export run --out a.onnx"}
+    argv = [*words.get(command, "run").split(), *flags.split()]
+
+    def shown(error: Exception, gpu: bool) -> str:
+        def full(args):
+            raise error
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(evaluation, f"{command}_main", full)
+        with pytest.raises(SystemExit) as caught:
+            evaluation.main(argv)
+        return caught.value.code
+
+    assert shown(MemoryError(), gpu=False).startswith(f"error: no memory. {remedy}")
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    on_gpu = shown(full, gpu=True)
+    assert on_gpu.startswith("error: CUDA out of memory. Tried to allocate 2 GiB. ")
+    assert on_gpu.endswith(" or --device cpu.") == (command != "export")
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    if command == "evaluate":
+        assert shown(killed, gpu=False).endswith("Killed. Give fewer --workers.")
+
+
 def test_eval_colours_are_those_of_cityscapes_by_name():
     palette = palette_of(("car", "lake", "road"))
     assert tuple(palette[0]) == (0, 0, 142) and tuple(palette[2]) == (128, 64, 128)

@@ -289,6 +289,86 @@ def test_folders_links_to_folders_are_followed_once(tmp_path):
     assert found == [tmp_path / "here" / "a.png", tmp_path / "here" / "more" / "b.png"]
 
 
+UNREAD = ("b.heic", "b.HEIF", "b.avif", "b.gif", "b.jp2", "b.cr2", "b.NEF", "b.arw", "b.dng")
+
+
+@pytest.mark.parametrize("name", UNREAD)
+@pytest.mark.parametrize("inside", ("", "images", "images/train"))
+def test_folders_images_that_are_not_read_are_named(name, inside, tmp_path, capsys):
+    """In training, and by data.py. Nothing of the file is read."""
+    photographs(tmp_path / inside, "a.png")
+    path = tmp_path / inside / "trip" / name
+    path.parent.mkdir()
+    path.touch()
+    sentence = (
+        f"1 of 2 images in {tmp_path / inside} have an ending that is not read here, the first "
+        f"is {path}: convert them to JPEG, or move them away"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        data.open_dataset("folder", "target", "train", tmp_path, labels="none")
+    with pytest.raises(SystemExit) as caught:
+        data.main(["folder", "--dir", str(tmp_path)])
+    assert caught.value.code == f"error: {sentence}"
+    flags = ["--tgt", "folder", "--tgt-dir", str(tmp_path), "--backbone", "tiny"]
+    assert run_error(*flags, "--out", str(tmp_path / "run")) == f"error: {sentence}"
+
+
+def test_folders_images_of_a_labelled_split_that_are_not_read_are_named(tmp_path):
+    """Also if the split has no other, which would count as a split that is not there."""
+    folder = make_folder(tmp_path)
+    (folder / "images" / "train" / "a" / "2.heic").touch()
+    (folder / "images" / "train" / "a" / "3.heic").touch()
+    with pytest.raises(ValueError, match=r"^2 of 4 images in .* the first is .*a/2\.heic: convert"):
+        data.open_dataset("folder", "source", "train", folder)
+    (folder / "images" / "val").mkdir()
+    (folder / "images" / "val" / "0.heic").touch()
+    with pytest.raises(ValueError, match=r"^1 of 1 images in .*val have an ending"):
+        data.has_split("folder", folder, "val")
+
+
+def test_folders_an_image_that_has_been_converted_beside_itself_is_no_fault(tmp_path):
+    """Most converters leave the old file, and cameras write a raw file beside each JPEG."""
+    photographs(tmp_path, "a.png", "trip/b.JPG")
+    (tmp_path / "a.heic").touch()
+    (tmp_path / "trip" / "b.NEF").touch()
+    assert len(data.photographs_below(tmp_path)) == 2
+    (tmp_path / "b.NEF").touch()
+    with pytest.raises(ValueError, match=rf"1 of 3 .* is {re.escape(str(tmp_path / 'b.NEF'))}:"):
+        data.photographs_below(tmp_path)
+
+
+def test_folders_files_that_are_no_images_are_passed_over(tmp_path):
+    photographs(tmp_path, "a.png", "b.webp")
+    for name in ("notes.txt", "a.json", "README.md", "Thumbs.db", "a.mov", "b.mp4", "heic"):
+        (tmp_path / name).touch()
+    (tmp_path / "._a.heic").touch()
+    (tmp_path / ".trash").mkdir()
+    (tmp_path / ".trash" / "b.heic").touch()
+    (tmp_path / "c.heic").mkdir()
+    assert len(data.photographs_below(tmp_path)) == 2
+
+
+def test_folders_labels_that_are_not_read_leave_a_folder_unlabelled(tmp_path):
+    """A label is a PNG. Other files among the labels are no photographs that are missing."""
+    photographs(tmp_path, "images/val/a.png")
+    (tmp_path / "labels" / "val").mkdir(parents=True)
+    (tmp_path / "labels" / "val" / "a.gif").touch()
+    assert not data.open_dataset("folder", "target", "val", tmp_path, labels="optional").has_labels
+
+
+@pytest.mark.parametrize("size", (None, (32, 64)))
+def test_folders_a_pattern_may_name_any_ending(size, tmp_path):
+    """What Pillow reads is read. What it does not is named, with the remedy."""
+    photographs(tmp_path, "rgb/a.gif", "rgb/b.png", "rgb/c.heic.png")
+    content = {"images": {"train": "rgb/{name}.gif"}}
+    assert data.image_at(opened(tmp_path, content, labels="none"), 0).shape == (40, 64, 3)
+    (tmp_path / "rgb" / "c.heic.png").rename(tmp_path / "rgb" / "c.heic")
+    (tmp_path / "rgb" / "c.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    content = {"images": {"train": "rgb/{name}.heic"}}
+    with pytest.raises(ValueError, match=r"c\.heic cannot be read .*: replace it with a PNG$"):
+        data.image_at(opened(tmp_path, content, labels="none", size=size), 0)
+
+
 def test_folders_an_empty_val_is_no_val(tmp_path):
     photographs(tmp_path, "images/train/a.png")
     (tmp_path / "images" / "val").mkdir()

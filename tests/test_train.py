@@ -1,5 +1,6 @@
 """Runs: same seed, same weights; stopped and resumed, the same weights; what a folder holds."""
 
+import errno
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    CELLS,
     EVERY_METHOD,
     EVERY_RECIPE,
     HERE,
@@ -29,6 +31,7 @@ from helpers import (
     make_folder,
     make_gta5,
     make_synthia,
+    meta_generator,
     metrics,
     need,
     official_scores,
@@ -57,10 +60,11 @@ import devices
 import eval as evaluation
 import models
 import runlog
+import study
 import train
 from clan import PAPER, Batch, Hyper
 from classes import CLASSES, LABEL_IDS
-from settings import Settings, comments, configure, groups
+from settings import Settings, comments, configure, groups, less_memory
 from weights import load_generator, load_weights
 
 SOURCE = "--src-size 32 64 --tgt-size 32 64 --steps 8 --batch 2 --method source --device cpu"
@@ -669,8 +673,125 @@ def test_train_out_of_memory_ends_with_a_sentence_that_names_the_flags(few, tmp_
 
     monkeypatch.setattr(train, "one_step", full)
     error = run_error(*SMALL, "--out", str(tmp_path))
-    assert "Tried to allocate 2 GiB. Give --recompute" in error and "\n" not in error
-    assert "--tgt-size" in error and "--batch" in error
+    sizes = "a smaller --src-size than 32 64, a smaller --tgt-size than 32 64"
+    remedy = f"Give --recompute, --amp bf16, {sizes} or a smaller --batch than 2."
+    assert error == f"error: CUDA out of memory. Tried to allocate 2 GiB. {remedy}"
+    error = study_error("table", tmp_path, "--seeds", "0", "--methods", "tan")
+    assert error.endswith(f"Tried to allocate 2 GiB. {remedy}")
+
+
+def test_train_out_of_memory_of_a_resumed_run_names_what_it_may_change(
+    few, finished, tmp_path, monkeypatch
+):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    (copy / "step_0000008.safetensors").unlink()
+
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "one_step", full)
+    error = run_error("--resume", str(copy))
+    start = "error: no memory. Give --recompute. Or start a new run with --amp bf16, "
+    assert error.startswith(start) and "--tgt-size than 32 64" in error
+
+
+def test_train_out_of_memory_before_the_settings_are_known_is_a_sentence(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(train, "run_folder", full)
+    sentence = f"Cannot allocate memory. {train.NOT_BEGUN}"
+    assert run_error("--out", str(tmp_path)).endswith(sentence)
+
+
+WHOLE = {"src": "gta5", "crop": False, "workers": 0, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    (
+        (
+            {"device": "cpu"},
+            "--recompute, --amp bf16, a smaller --tgt-size than 64 128 or a smaller --batch than 4",
+        ),
+        (
+            {"device": "cpu", "recompute": True, "amp": "bf16", "batch": 1, "crop": True},
+            "a smaller --tgt-size than 64 128",
+        ),
+        (
+            {"src": "gta5", "backbone": "vgg16", "device": "cpu", "workers": 3},
+            "--amp bf16, a smaller --src-size than 512 1024, a smaller --tgt-size than 512 1024 "
+            "or fewer --workers than 3",
+        ),
+        (
+            WHOLE,
+            "--recompute, --amp bf16, --crop, a smaller --src-size than 720 1280 or a smaller "
+            "--tgt-size than 512 1024",
+        ),
+        (
+            WHOLE | {"src": "streets", "tgt": "cityscapes", "compile": "blocks"},
+            "--recompute with --compile off, --amp bf16 or a smaller --tgt-size than 512 1024",
+        ),
+        (
+            WHOLE | {"src": "folder", "amp": "bf16", "recompute": True, "batch": 2},
+            "a --src-size with a short side below 512, a smaller --tgt-size than 512 1024 or a "
+            "smaller --batch than 2",
+        ),
+    ),
+)
+def test_train_less_memory_names_only_flags_that_would_lower_it(flags, expected):
+    assert less_memory(*configure(flags)) == f"Give {expected}."
+
+
+def test_train_less_memory_has_a_sentence_if_no_flag_would_lower_it():
+    least = {"recompute": True, "amp": "bf16", "tgt_size": (32, 32), "batch": 1, "device": "cpu"}
+    assert "machine with more memory" in less_memory(*configure(least))
+    resumed = less_memory(*configure(least | {"batch": 3}), resumed=True)
+    assert resumed == "Start a new run with a smaller --batch than 3."
+
+
+def test_train_less_memory_of_a_study_names_fewer_jobs_if_there_are_several():
+    (alone,), (three,) = (
+        study.parse(["table", *CELLS, "--jobs", jobs]).values() for jobs in ("1", "3")
+    )
+    remedy = study.remedy_for([alone])
+    assert remedy == less_memory(*configure(alone.flags)) and remedy.startswith("Give --recompute")
+    assert study.remedy_for([three]) == f"{remedy} Or give fewer --jobs than 3."
+    assert study.remedy_for([]) == train.NOT_BEGUN
+
+
+@pytest.mark.parametrize("ampere", (True, False))
+def test_train_less_memory_knows_what_a_gpu_takes_by_itself(ampere, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: ampere)
+    flags = {"src": "gta5", "workers": 2}
+    for device in ("auto", "cuda", "cuda:1"):
+        sentence = less_memory(*configure(flags | {"device": device}))
+        assert ("--amp bf16" in sentence) == (not ampere)
+        assert sentence.endswith("fewer --workers than 2 (for the computer's own memory).")
+    assert "--amp bf16" in less_memory(*configure(flags | {"device": "cpu"}))
+    assert "--amp bf16" in less_memory(*configure(flags | {"amp": "off"}))
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_train_less_memory_names_recompute_where_there_are_blocks(backbone):
+    G = meta_generator(backbone)
+    named = "--recompute" in less_memory(*configure({"backbone": backbone}))
+    if named:
+        assert models.residual_blocks(G)
+    else:
+        with pytest.raises(ValueError, match="has no residual blocks"):
+            models.residual_blocks(G)
+
+
+@pytest.mark.parametrize("name", ("gta5", "synthia", "cityscapes"))
+def test_train_less_memory_knows_the_crop_of_each_data_set(name, tmp_path):
+    """By data sets that are opened: their crops are of 512x1024, and a folder's are whole."""
+    make = {"gta5": make_gta5, "synthia": make_synthia, "cityscapes": make_cityscapes}[name]
+    opened = data.open_dataset(name, "source", "train", make(tmp_path / name))
+    assert opened.crop == (512, 1024) and data.DATASETS[name].folder
+    photos = data.open_dataset("folder", "source", "train", make_folder(tmp_path / "photos"))
+    assert photos.crop == photos.size and not data.DATASETS["folder"].folder
 
 
 TOO_LITTLE = """
@@ -692,7 +813,8 @@ def test_train_too_little_memory_of_a_cpu_ends_with_a_sentence(tmp_path):
     assert result.returncode == 1, result.stderr[-2000:]
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr[-2000:]
-    assert "Give --recompute" in lines[0] and "--tgt-size" in lines[0]
+    assert "Give --recompute" in lines[0] and "a smaller --tgt-size than 256 512" in lines[0]
+    assert lines[0].endswith(" or a smaller --batch than 64.") and "--workers" not in lines[0]
 
 
 @pytest.mark.parametrize(("backbone", "side"), (("tiny", 144), ("lite0", 192), ("vgg16", 512)))

@@ -35,6 +35,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+import bench
 import checkpoints
 import clan
 import eval as evaluation
@@ -459,3 +460,28 @@ def test_train_and_eval_work_without_a_network(few, tmp_path, monkeypatch):
     evaluation.main(["predict", str(out), "--images", str(images), "--out", str(tmp_path / "m")])
     with pytest.raises(AssertionError, match="socket"):  # the one thing that needs it
         load_weights(models.Generator("r101", lineage="torchvision"), "imagenet")
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    (
+        ("step", "Give smaller --sizes, a smaller --batch, --amp or --recompute."),
+        ("step --amp --batch 1 --recompute", "Give smaller --sizes."),
+        ("step --backbone vgg16", "Give smaller --sizes or --amp."),
+        ("step --method clan", "Give smaller --sizes, a smaller --batch or --amp."),
+        ("growth --backbone r101", "Give smaller --sizes or --amp."),
+        ("loader", "Give fewer --workers."),
+        ("loader --workers 0", "No flag lowers it: use a machine with more memory."),
+        ("eval", "No flag lowers it: use a machine with more memory."),
+    ),
+)
+def test_bench_out_of_memory_names_flags_of_the_command(flags, remedy, monkeypatch):
+    """MemoryError has no words of its own."""
+
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setitem(bench.COMMANDS, flags.split()[0], full)
+    with pytest.raises(SystemExit) as caught:
+        bench.main(flags.split())
+    assert caught.value.code == f"error: no memory. {remedy}"
