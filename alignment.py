@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clan
-from baselines import Images, State, ensemble, over_processes, source_loss, target_images
+from baselines import (
+    RATES_OF_D,
+    Axes,
+    Images,
+    State,
+    ensemble,
+    over_processes,
+    source_loss,
+    target_images,
+)
 from clan import Batch, Hyper, Phase, Predictions, Terms, without_gradient
 from losses import adversarial_loss, segmentation_loss
 from models import Generator
@@ -46,6 +55,11 @@ class PixelD(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).float()
+
+
+def check_dropout(share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError("d_dropout must be in [0, 1)")
 
 
 def feature_channels(G: Generator) -> int:
@@ -95,8 +109,13 @@ class CycadaHyper(Hyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gate_steps < 1 or not 0 <= self.gate < 1 or not 0 <= self.d_dropout < 1:
-            raise ValueError("gate_steps must be at least 1; gate and d_dropout in [0, 1)")
+        check_dropout(self.d_dropout)
+        if self.gate_steps < 1 or not 0 <= self.gate < 1:
+            raise ValueError("gate_steps must be at least 1, and gate in [0, 1)")
+
+
+ADVERSARIAL_RATES = ("lambda_adv", (0.003, 0.0125, 0.05, 0.2))
+CYCADA_TUNED: Axes = (ADVERSARIAL_RATES, RATES_OF_D)
 
 
 def cycada_d(G: Generator, hyper: CycadaHyper) -> PixelD:
@@ -156,10 +175,12 @@ class FcnsWildHyper(Hyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_dropout(self.d_dropout)
         if self.solver_steps < 1 or min(self.lambda_size, self.slack) < 0:
             raise ValueError("solver_steps must be at least 1; lambda_size, slack not negative")
-        if not 0 <= self.d_dropout < 1:
-            raise ValueError("d_dropout must be in [0, 1)")
+
+
+FCNS_WILD_TUNED: Axes = (ADVERSARIAL_RATES, ("lambda_size", (0.01, 0.03, 0.1, 0.3)))
 
 
 def fcns_wild_d(G: Generator, hyper: FcnsWildHyper) -> PixelD:
@@ -287,10 +308,12 @@ class CrossCityHyper(Hyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_dropout(self.d_dropout)
         if not 0 <= self.class_start <= 1 or self.cell_channels < 1:
             raise ValueError("0 <= class_start <= 1, and cell_channels must be at least 1")
-        if not 0 <= self.d_dropout < 1:
-            raise ValueError("d_dropout must be in [0, 1)")
+
+
+CROSS_CITY_TUNED: Axes = (ADVERSARIAL_RATES, ("lambda_class", (0.0003, 0.001, 0.003, 0.01)))
 
 
 class CellPredictions(NamedTuple):
@@ -394,6 +417,12 @@ class CdaHyper(Hyper):
         super().__post_init__()
         if not 0 < self.landmarks <= 1 or self.sharpness <= 0:
             raise ValueError("0 < landmarks <= 1, and sharpness must be above 0")
+
+
+CDA_TUNED: Axes = (
+    ("lambda_layout", (0.01, 0.03, 0.1, 0.3)),
+    ("lambda_landmark", (0.1, 0.3, 1.0, 3.0)),
+)
 
 
 CELL_ROWS = 8  # of the grid in place of about 100 superpixels

@@ -33,6 +33,12 @@ from models import DilatedHead, Discriminator, Generator
 Logits = tuple[Tensor, Tensor]  # of the two heads, each B C h w
 State = dict[str, Tensor]  # of a method, saved in each checkpoint
 
+# The two numbers of a method that `study.py tune` chooses, one after the other, and their values
+# for tiny on streets. No values: four more of the first number, around its best.
+Axes = tuple[tuple[str, tuple[float, ...]], tuple[str, tuple[float, ...]]]
+RATES_OF_D = ("lr_d", (3.33e-5, 1e-4, 3e-4, 9e-4))
+TUNED: Axes = (("lambda_adv", (0.0125, 0.025, 0.05, 0.1)), RATES_OF_D)  # of TAN, CLAN, AdvEnt
+
 
 class Images(NamedTuple):
     """What a method may read between two steps, each as an iterator over batches."""
@@ -76,6 +82,17 @@ def ensemble(logits: Logits, size: tuple[int, int] | torch.Size | None) -> Tenso
     return upsample(logits[0] + logits[1], size or logits[0].shape[-2:])
 
 
+# CLAN from the warm-up that all others share.
+
+
+def late_clan_step(
+    G: Generator, D: Discriminator, batch: Batch, phase: Phase, hyper: Hyper
+) -> tuple[Tensor, Terms, Predictions | None]:
+    """CLAN whose Eq. 4 begins with adaptation; before that it is source only."""
+    method = "clan" if phase.adversarial else "source"
+    return clan.g_step(G, D, batch, phase, replace(hyper, method=method))
+
+
 # MinEnt and AdvEnt (Vu et al., CVPR 2019): the network should be as sure of the target as it is of
 # the source. Equations, and numbers of MinEnt: the authors' code.
 
@@ -99,6 +116,9 @@ class MinEntHyper(Hyper):
     """Of MinEnt."""
 
     lambda_ent: float = 0.001  # weight of the target's entropy (its code: 0.001)
+
+
+MINENT_TUNED: Axes = (("lambda_ent", (0.003, 0.03, 0.3, 3.0)), ("lambda_ent", ()))
 
 
 def minent_step(
@@ -159,6 +179,9 @@ class McdHyper(Hyper):
         super().__post_init__()
         if self.mcd_steps < 1 or self.lambda_dis < 0:
             raise ValueError("mcd_steps must be at least 1, and lambda_dis not negative")
+
+
+MCD_TUNED: Axes = (("lambda_dis", (0.3, 1.0, 3.0, 10.0)), ("mcd_steps", (1, 2, 3, 4)))
 
 
 def mcd_step(
@@ -257,6 +280,12 @@ class SelfTrainingHyper(Hyper):
         super().__post_init__()
         if self.rounds < 1 or not 0 < self.portion <= self.portion_max <= 1:
             raise ValueError("rounds must be at least 1, and 0 < portion <= portion_max <= 1")
+
+
+SELF_TRAINING_TUNED: Axes = (
+    ("portion", (0.1, 0.2, 0.35, 0.5)),
+    ("lambda_st", (0.1, 0.3, 1.0, 3.0)),
+)
 
 
 def round_at(step: int, hyper: SelfTrainingHyper) -> int | None:
@@ -368,6 +397,9 @@ class MultiHyper(Hyper):
 
     lambda_seg_aux: float = 0.1  # weight of the auxiliary head's source loss (its code: 0.1)
     lambda_adv_aux: float = 0.0002  # of its adversarial loss (its code: a fifth of lambda_adv)
+
+
+MULTI_TUNED: Axes = (TUNED[0], ("lambda_adv_aux", (0.001, 0.003, 0.01, 0.03)))
 
 
 class TwoPredictions(NamedTuple):

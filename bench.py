@@ -1,6 +1,7 @@
 """How fast the code is: ratios within one run, against a plain version of the same step.
 
     python bench.py step                                  # a step of python train.py, on the CPU
+    python bench.py step --method all --to results        # each method's step over source only's
     python bench.py step --backbone r101 --device cuda --amp --sizes 720 1280 512 1024
     python bench.py loader                                # decoding of GTA5, SYNTHIA, Cityscapes
     python bench.py eval                                  # scoring of Cityscapes-sized predictions
@@ -33,6 +34,7 @@ from rich.table import Table
 import clan
 import data
 import eval as evaluation
+from checkpoints import commit
 from devices import does_not_fit, find_device, machine
 from gpu import PARTS, bench_gpu
 from measure import (
@@ -55,7 +57,8 @@ from measure import (
 )
 from methods import METHODS
 from models import BACKBONES
-from settings import OF_BACKBONE, configure
+from settings import OF_BACKBONE, configure, one_of
+from tables import STEPS
 
 GOAL = 0.025  # seconds a step: 100,000 of them in 42 minutes
 
@@ -64,12 +67,14 @@ GOAL = 0.025  # seconds a step: 100,000 of them in 42 minutes
 
 
 def bench_method(args, console: Console) -> dict:
-    """Time and peak memory of a method's step in adaptation, over those of source only."""
+    """Time and peak memory of a method's step in adaptation, over those of source only.
+
+    `all` measures all methods in turns, and writes their ratios to --to for `study.py table`.
+    """
     table = Table("method", "s a step", "quartiles", "over source only", "peak GB", "over it")
-    hypers = {
-        name: configure({"backbone": args.backbone, "method": name} | args.task)[1]
-        for name in ("source", args.method)
-    }
+    names = tuple(METHODS) if args.method == "all" else ("source", args.method)
+    flags = {"backbone": args.backbone} | args.task
+    hypers = {name: configure(flags | {"method": name})[1] for name in names}
     batch = args.batch or hypers["source"].batch
     case = Case(args.backbone, args.sizes, batch, device=args.device)
     case = replace(case, precision="bf16" if args.amp else "ieee")
@@ -79,14 +84,26 @@ def bench_method(args, console: Console) -> dict:
     found = {name: median_and_quartiles(values) for name, values in times.items()}
     del subjects
     peaks = {name: peak_bytes(case, hyper, step) for name, hyper in hypers.items()}
+    ratios = {}
     for name, (median, low, high) in found.items():
-        ratios = median / found["source"][0], peaks[name] / peaks["source"]
+        ratios[name] = {
+            "step_ratio": median / found["source"][0],
+            "peak_ratio": peaks[name] / peaks["source"],
+        }
         table.add_row(
             *(METHODS[name].label, f"{median:.4f}", f"{low:.4f} to {high:.4f}"),
-            *(f"{ratios[0]:.2f}", f"{peaks[name] / 1e9:.2f}", f"{ratios[1]:.2f}"),
+            *(f"{ratios[name]['step_ratio']:.2f}", f"{peaks[name] / 1e9:.2f}"),
+            f"{ratios[name]['peak_ratio']:.2f}",
         )
     console.print(table)
-    return {"step_ratio": ratios[0], "peak_ratio": ratios[1]}
+    if args.method != "all":
+        return ratios[args.method]
+    result = {"machine": machine(find_device(args.device)), "commit": commit(), "methods": ratios}
+    args.to.mkdir(parents=True, exist_ok=True)
+    path = args.to / STEPS.format(args.backbone)
+    path.write_text(json.dumps(result, indent=1))
+    console.print(f"wrote {path}")
+    return result
 
 
 def bench_step(args, console: Console) -> dict:
@@ -283,7 +300,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--backbone", choices=BACKBONES, default="tiny")
     top.add_argument("--sizes", type=int, nargs=4, help="H W of the source, H W of the target")
     top.add_argument("--batch", type=int, help="images of each domain [the backbone's]")
-    top.add_argument("--method", choices=METHODS, help="of step: this one over source only")
+    top.add_argument("--method", choices=(*METHODS, "all"), help="of step: over source only")
     top.add_argument("--amp", action="store_true", help="ours in bfloat16")
     top.add_argument("--compile", choices=("off", "on", "blocks"), default="off")
     top.add_argument("--merge-heads", action="store_true", help="ours with merged heads")
@@ -293,13 +310,27 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--count", type=int, help="files of loader (8), images of eval (500)")
     top.add_argument("--frames", type=Path, help="photographs for loader, instead of drawings")
     top.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="of loader")
-    top.add_argument("--to", type=Path, default=Path("runs/bench"), help="folder of the plot")
+    top.add_argument("--to", type=Path, default=Path("runs/bench"), help="where files are written")
     top.add_argument("--minutes", type=float, default=9.0, help="that gpu may take in all")
     top.add_argument("--parts", nargs="+", choices=PARTS, help="of gpu [all]")
     top.add_argument("--dry", action="store_true", help="gpu at toy sizes on the CPU")
     top.add_argument("--part", choices=PARTS, help="of gpu: one part in this process, row by row")
     top.add_argument("--json", action="store_true", help="end with one line of JSON")
     return top
+
+
+def remedy_for(args: argparse.Namespace) -> str:
+    """The flags that would lower the memory of this benchmark, in a sentence."""
+    if args.what == "loader" and max(args.workers) > 0:
+        return "Give fewer --workers."
+    if args.what not in ("step", "growth"):
+        return "No flag lowers it: use a machine with more memory."
+    batch = args.batch or configure({"backbone": args.backbone} | args.task)[1].batch
+    words = ["smaller --sizes"] + ["a smaller --batch"] * (batch > 1) + ["--amp"] * (not args.amp)
+    one_step = args.what == "step" and not args.method and args.compile == "off"
+    if one_step and args.backbone != "vgg16" and not args.recompute:
+        words.append("--recompute")
+    return f"Give {one_of(words)}."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -323,8 +354,8 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         if not does_not_fit(error):
             raise
-        first = str(error).splitlines()[0]
-        sys.exit(f"error: {first} Give smaller --sizes, a smaller --batch, or --amp.")
+        first = (str(error) or "no memory").splitlines()[0].rstrip(". ")
+        sys.exit(f"error: {first}. {remedy_for(args)}")
     except KeyboardInterrupt:
         kept = f"see {args.to}/gpu.md" if args.what == "gpu" else "nothing was measured"
         sys.exit(f"stopped: {kept}")

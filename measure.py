@@ -34,7 +34,7 @@ from baselines import Images, State
 from classes import LABEL_IDS, TO_TRAIN_IDS
 from compilation import Switch
 from devices import place
-from methods import METHODS, Method
+from methods import METHODS, Method, state_of
 from models import (
     Discriminator,
     Generator,
@@ -170,7 +170,7 @@ def method_state(
     method: Method, G: Generator, batch: clan.Batch, step: int, hyper: clan.Hyper
 ) -> State:
     """The state with which a method takes this step, made from the batch in place of data sets."""
-    state = method.first_state(G, hyper) if method.first_state else {}
+    state = state_of(method, G, hyper)
     if method.before_step and step >= hyper.adv_start:
         target, device = batch.target, next(G.parameters()).device
         assert target is not None
@@ -411,7 +411,7 @@ def make_files(
     name: str, root: Path, frames: Path | None, count: int, split: str = "train"
 ) -> Path:
     """The folder of a data set with `count` pairs: photographs of `frames`, or drawn with noise."""
-    found = sorted(p for p in frames.rglob("*") if p.suffix in data.SUFFIXES) if frames else []
+    found = data.photographs_below(frames) if frames else []
     if frames and not found:
         raise ValueError(f"no png, jpg or jpeg in {frames}: name a folder of photographs")
     size = FILES[name]

@@ -18,7 +18,7 @@ from torch import Tensor
 import alignment
 import baselines
 import clan
-from baselines import State
+from baselines import Axes, State
 from clan import Hyper, Phase, Terms
 
 # Fields of Hyper that only CLAN reads, and those that every adversarial method reads.
@@ -53,6 +53,7 @@ class Method:
     before_step: Callable[[int, Any, baselines.Images, Any], State] | None = None
     next_state: Callable[[State, Any, Terms, Any], State] | None = None
     moves_g: Callable[[State, Phase, Any], bool] = lambda state, phase, hyper: True  # in this step
+    tuned: Axes = baselines.TUNED  # the two numbers that matter most, and four values of each
 
 
 def self_training(label: str, balanced: bool) -> Method:
@@ -65,6 +66,7 @@ def self_training(label: str, balanced: bool) -> Method:
         g_step=baselines.self_training_step,
         first_state=baselines.first_labeller,
         before_step=partial(baselines.new_round, balanced=balanced),
+        tuned=baselines.SELF_TRAINING_TUNED,
     )
 
 
@@ -72,12 +74,14 @@ METHODS = {
     "source": Method("source only", CLAN_ONLY | ADVERSARIAL, reads_target=False),
     "tan": Method("TAN", CLAN_ONLY),
     "clan": Method("CLAN", set(), warm_up="clan"),
+    "clan_late": Method("CLAN, Eq. 4 late", set(), g_step=baselines.late_clan_step),
     "minent": Method(
         "MinEnt",
         CLAN_ONLY | ADVERSARIAL,
         baselines.MinEntHyper,
         has_d=False,
         g_step=baselines.minent_step,
+        tuned=baselines.MINENT_TUNED,
     ),
     "advent": Method("AdvEnt", NOT_OF_BASELINES, g_step=baselines.advent_step),
     "mcd": Method(
@@ -87,6 +91,7 @@ METHODS = {
         has_d=False,
         g_step=baselines.mcd_step,
         later_steps=baselines.mcd_later_steps,
+        tuned=baselines.MCD_TUNED,
     ),
     "st": self_training("ST", balanced=False),
     "cbst": self_training("CBST", balanced=True),
@@ -97,6 +102,7 @@ METHODS = {
         g_step=baselines.multi_step,
         d_step=baselines.multi_d_step,
         build_d=baselines.Levels,
+        tuned=baselines.MULTI_TUNED,
     ),
     "cycada": Method(
         "CyCADA (feature)",
@@ -108,6 +114,7 @@ METHODS = {
         first_state=alignment.first_accuracies,
         next_state=alignment.next_accuracies,
         moves_g=alignment.gate_is_open,
+        tuned=alignment.CYCADA_TUNED,
     ),
     "fcns_wild": Method(
         "FCNs in the wild",
@@ -118,6 +125,7 @@ METHODS = {
         build_d=alignment.fcns_wild_d,
         first_state=alignment.first_sizes,
         before_step=alignment.sizes_of_source,
+        tuned=alignment.FCNS_WILD_TUNED,
     ),
     "cross_city": Method(
         "Cross-city",
@@ -128,6 +136,7 @@ METHODS = {
         build_d=alignment.cross_city_d,
         first_state=alignment.first_class_begun,
         before_step=alignment.class_begins,
+        tuned=alignment.CROSS_CITY_TUNED,
     ),
     "cda": Method(
         "CDA",
@@ -136,8 +145,14 @@ METHODS = {
         g_step=alignment.cda_step,
         d_step=alignment.easy_d_step,
         build_d=alignment.easy_tasks,
+        tuned=alignment.CDA_TUNED,
     ),
 }
+
+
+def state_of(method: Method, G: Any, hyper: Any) -> State:
+    """The state that a run of this method begins with: {} if it has none."""
+    return method.first_state(G, hyper) if method.first_state else {}
 
 
 def uses_target(step: int, hyper: Hyper) -> bool:

@@ -39,7 +39,7 @@ import eval as evaluation
 import train
 from checkpoints import BEFORE, owned, pack, read_checkpoint, read_metadata, save, saved
 from devices import find_device, machine
-from methods import ADVERSARIAL, CLAN_ONLY, D_SHAPE, METHODS, unused_fields
+from methods import ADVERSARIAL, CLAN_ONLY, D_SHAPE, METHODS, state_of, unused_fields
 from settings import FREE, Flags, Settings, configure, flag_of, refuse_other_version
 
 
@@ -56,6 +56,7 @@ class Study:
     jobs: int  # runs at a time
     images: int  # most images of each domain for measuring features
     curve_class: str  # the class whose cluster distance over training is drawn
+    numbers: int  # how many of a method's two numbers are chosen
     command: str
 
     @property
@@ -251,7 +252,7 @@ def first_tensors(settings: Settings, hyper: clan.Hyper, num_classes: int) -> di
     cpu, quiet = torch.device("cpu"), Console(quiet=True)
     G, D = train.first_networks(settings, hyper, num_classes, cpu, settings.folder, quiet)
     method = METHODS[hyper.method]
-    state = method.first_state(G, hyper) if method.first_state else {}
+    state = state_of(method, G, hyper)
     return pack(G, D, *train.build_optimizers(G, D, hyper), state)
 
 
@@ -436,7 +437,8 @@ def run_all(tasks: list, jobs: int) -> Iterator[tuple[Flags, dict]]:
                 for future in done:
                     yield running.pop(future), future.result()
         except BrokenProcessPool as error:  # the pool has asked the others to end
-            raise OSError("a run was killed (no memory?): run the same command again") from error
+            remedy = "run the same command again, with fewer --jobs if the memory is too small"
+            raise OSError(f"a run was killed: {remedy}") from error
         except BaseException:
             for child in multiprocessing.active_children():
                 child.terminate()  # a run saves and ends at the first request

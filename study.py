@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 import data
 import eval as evaluation
 from checkpoints import BEFORE, newest_checkpoint
-from classes import INFREQUENT
 from control import (
     GRADIENT,
     MAIN,
@@ -59,7 +58,6 @@ from predictions import ensemble_and_m
 from runlog import Stopped
 from runs import (
     INTERVALS,
-    Pick,
     Study,
     difference,
     mean_and_deviation,
@@ -70,90 +68,10 @@ from runs import (
     spread,
     write,
 )
-from settings import Flags, add_run_flags, configure, flag_of
-from train import LESS_MEMORY
-from tuning import TUNING_SEEDS, sweep
-
-# Tables 1 and 2.
-
-
-def method_groups(study: Study) -> dict[str, list[dict]]:
-    return {method: study.cells(method=method) for method in study.methods}
-
-
-BOUND = "target-trained (a bound)"
-
-
-def bound_groups(study: Study) -> dict[str, list[dict]]:
-    """Runs that learn the target's own labels. They bound what adaptation can reach."""
-    settings, _ = configure(study.flags)
-    known = settings.src == settings.tgt == "streets" and "source" in study.methods
-    return {BOUND: study.cells(method="source", looks="city")} if known else {}
-
-
-def table_1_and_2(study: Study) -> None:
-    """Tables 1 and 2: IoU by class and mIoU, mean ± deviation over seeds, beside the paper's.
-
-    On streets there is a bound too: the same network and steps, on the target's labels.
-    """
-    groups = method_groups(study)
-    all_results = run_groups(study, groups | bound_groups(study))
-    results = {method: all_results[method] for method in groups}
-    bound = all_results.get(BOUND)
-    settings, _ = configure(study.flags)
-    task = (settings.src, settings.tgt, settings.backbone)
-    in_paper = {method: evaluation.paper_row(*task, method) for method in results}
-    papers = {method: row for method, row in in_paper.items() if row}
-    paired = {"clan", "tan"} <= results.keys()
-
-    def row(label: str, pick: Pick) -> list[str]:
-        cells = [mean_and_deviation(map(pick, group)) for group in results.values()]
-        cells += [difference(results["clan"], results["tan"], pick)] if paired else []
-        cells += [mean_and_deviation(map(pick, bound))] if bound else []
-        return [label, *cells, *(evaluation.percent(pick(p)) for p in papers.values())]
-
-    def gain(label: str, pick: Pick) -> list[str]:
-        cells = [difference(group, results["source"], pick) for group in results.values()]
-        both = [(pick(p), pick(papers["source"])) for p in papers.values()]
-        paper_gains = ("-" if a is None or b is None else f"{100 * (a - b):+.1f}" for a, b in both)
-        return [label, *cells, *[""] * (paired + bool(bound)), *paper_gains]
-
-    def closed(label: str, pick: Pick) -> list[str]:
-        """How much of the way from source only to the bound each method goes, of the means."""
-        means = [spread(map(pick, group))[0] for group in results.values()]
-        least, most = (spread(map(pick, group))[0] for group in (results["source"], bound or []))
-        cells = [f"{100 * (mean - least) / (most - least) + 0.0:.0f} %" for mean in means]
-        return [label, *cells, *[""] * paired, "100 %", *[""] * len(papers)]
-
-    header = ["class", *(METHODS[m].label for m in results)]
-    header += ["CLAN - TAN"] * paired + [BOUND] * bool(bound)
-    header += [f"{METHODS[m].label}, paper" for m in papers]
-    first = next(iter(results.values()))[0]
-
-    def of_class(name: str) -> Pick:
-        return lambda result: result["iou"].get(name)
-
-    def of_mean(key: str) -> Pick:
-        return lambda result: result.get(key)
-
-    rows = [row(name + " *" * (name in INFREQUENT), of_class(name)) for name in first["iou"]]
-    means = {"miou": "mIoU"}
-    if "miou_13" in first:  # SYNTHIA is scored in two ways
-        means = {"miou": "mIoU, 16 classes", "miou_13": "mIoU, 13 classes"}
-    for key, label in means.items():
-        rows.append(row(label, of_mean(key)))
-        if "source" in results:
-            rows.append(gain(f"gain, {label}", of_mean(key)))
-        if bound:
-            rows.append(closed("gap closed", of_mean(key)))
-    note = (
-        "IoU in % on the validation split, last checkpoint, mean ± standard deviation over seeds. "
-        f"{INTERVALS} * infrequent."
-    )
-    if bound:
-        note += " The bound learns the target's labels for as many steps, and is no method."
-    write(study, f"table-{study.task}", header, rows, note, all_results)
-
+from settings import Flags, add_run_flags, configure, flag_of, less_memory
+from tables import COMPARED, table_1_and_2
+from train import NOT_BEGUN
+from tuning import TUNING_SEEDS, sweep, tune
 
 # Does M tell where the ensemble is wrong?
 
@@ -516,13 +434,14 @@ COMMANDS = {
     "control": Command(control, set(), SEEDS),
     "instrument": Command(instrument, {"images"}, TUNING_SEEDS),
     "sweep": Command(sweep, set(), TUNING_SEEDS),
+    "tune": Command(tune, {"methods", "numbers"}, TUNING_SEEDS[:2]),
     "ranking": Command(ranking, set()),
     "calibration": Command(calibration, {"methods", "images"}, (0,)),
     "photographs": Command(photographs, set(), (0, 1, 2)),
     "dusk": Command(dusk, set(), (0, 1, 2)),
 }
 # For tuning, of other runs, or of photographs.
-NOT_IN_ALL = ("instrument", "sweep", "ranking", "photographs", "dusk")
+NOT_IN_ALL = ("instrument", "sweep", "tune", "ranking", "photographs", "dusk")
 QUICK = {"steps": 120, "adv_start": 80, "eval_every": 20}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets
@@ -533,9 +452,6 @@ def seeds_of(text: str) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"a seed is given twice in {text}")
     return seeds
-
-
-COMPARED = ("source", "tan", "clan")  # unless --methods says others
 
 
 def methods_of(text: str) -> tuple[str, ...]:
@@ -573,6 +489,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--images", type=count_of, help="of each domain to measure features on [1000]")
     top.add_argument("--class", dest="curve_class", help="whose curve ccd draws [wall]")
+    top.add_argument("--numbers", type=int, choices=(1, 2), help="of a method, for tune [2]")
     add_run_flags(top, without=SET_HERE)
     return top
 
@@ -600,26 +517,37 @@ def parse(argv: list[str]) -> dict[str, Study]:
     usual = runs == Path("runs") / "study" and "runs" not in of_study
     runs = of_study.pop("runs", runs)
     results = Path("results") if usual else runs / "results"  # trials of one's own go elsewhere
-    defaults: Flags = {"methods": COMPARED, "jobs": 1, "curve_class": "wall"}
+    defaults: Flags = {"methods": COMPARED, "jobs": 1, "curve_class": "wall", "numbers": 2}
     defaults |= {"seeds": (), "to": runs, "images": images, "results": results}
     command = shlex.join(["python", "study.py", *argv])
     study = Study(flags=flags, runs=runs, command=command, **defaults | of_study)
     return {name: study if study.seeds else replace(study, seeds=seeds[name]) for name in asked}
 
 
+def remedy_for(asked: list[Study]) -> str:
+    """What lowers the memory of these studies, which have the same flags."""
+    if not asked:
+        return NOT_BEGUN
+    jobs = asked[0].jobs
+    remedy = less_memory(*configure(asked[0].flags))
+    return remedy + f" Or give fewer --jobs than {jobs}." * (jobs > 1)
+
+
 def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    asked: dict[str, Study] = {}
     try:
-        for name, study in parse(sys.argv[1:] if argv is None else argv).items():
+        asked = parse(sys.argv[1:] if argv is None else argv)
+        for name, study in asked.items():
             COMMANDS[name].make(study)
     except (Stopped, KeyboardInterrupt):
         print("stopped; run the same command to go on", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         if does_not_fit(error):
-            first = (str(error) or "no memory").splitlines()[0]
-            sys.exit(f"error: {first} {LESS_MEMORY} Or fewer --jobs.")
+            first = (str(error) or "no memory").splitlines()[0].rstrip(". ")
+            sys.exit(f"error: {first}. {remedy_for([*asked.values()])}")
         if not isinstance(error, (ValueError, OSError, FloatingPointError)):
             raise
         sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
 """How settings are chosen: on tuning seeds and the dev split, the same way for each method.
 
-    python study.py sweep --jobs 2
+    python study.py sweep --jobs 2                  # TAN and CLAN, and what all methods share
+    python study.py tune --methods all --jobs 2     # two numbers of each method
 
 No result is taken from these seeds or from dev. Every method has the same trials, and its best
 value lies inside the grid.
@@ -39,6 +40,7 @@ class Trials:
 
     study: Study
     fixed: Flags  # what has been chosen before, for all methods
+    most: int = MOST_RUNS
     cells: dict[tuple, list[Flags]] = field(default_factory=dict)
     found: dict[tuple, list[dict]] = field(default_factory=dict)
 
@@ -46,17 +48,17 @@ class Trials:
         _, hyper = configure(self.study.flags)
         unused = METHODS[method].unused
         change = {k: v for k, v in (self.fixed | values).items() if k not in unused}
-        length = change.pop("length")
-        change |= {"eval_every": 0}  # no curves of trials
-        return change | {"method": method, "steps": hyper.adv_start + int(length)}
+        if "length" in change:
+            change["steps"] = hyper.adv_start + int(change.pop("length"))
+        return change | {"method": method, "eval_every": 0}  # no curves of trials
 
     def run(self, wanted: list[tuple[str, Values]]) -> None:
         """Make the trials that are missing. Raises ValueError if they would be too many."""
         keys = {key_of(method, values): (method, values) for method, values in wanted}
         new = {key: trial for key, trial in keys.items() if key not in self.found}
         total = (len(self.found) + len(new)) * len(self.study.seeds)
-        if total > MOST_RUNS:
-            raise ValueError(f"the sweep would take {total} runs, more than {MOST_RUNS}: stop it")
+        if total > self.most:
+            raise ValueError(f"the sweep would take {total} runs, more than {self.most}: stop it")
         self.cells |= {k: self.study.cells(**self.flags(*trial)) for k, trial in new.items()}
         self.found = run_groups(self.study, self.cells)  # all: warm-ups of earlier ones are shared
 
@@ -76,8 +78,7 @@ def sweep(study: Study) -> None:
     number after the other, over the same values; a best value at an edge is followed outwards.
     """
     settings, _ = configure(study.flags)
-    if settings.tgt == "streets":
-        study = replace(study, flags=study.flags | {"split": "dev"})
+    study = on_dev(study)
     fixed: Flags = {}
     notes = []
     if settings.src == "streets" and "seg_heads" not in study.flags:
@@ -100,6 +101,13 @@ def sweep(study: Study) -> None:
     notes.insert(0, "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting.")
     named = {", ".join(map(str, key)): group for key, group in trials.found.items()}
     write(study, f"sweep-{study.task}", header, rows, " ".join(notes), named)
+
+
+def on_dev(study: Study) -> Study:
+    """The study, scored on streets' dev split. Other targets have no such split."""
+    if configure(study.flags)[0].tgt != "streets":
+        return study
+    return replace(study, flags=study.flags | {"split": "dev"})
 
 
 def descend(
@@ -145,6 +153,91 @@ def next_values(values: set[float], tops: set[float], steps: float | tuple[int, 
 def rounded(value: float) -> float:
     """To three digits: the names of runs hold these values."""
     return float(f"{value:.3g}")
+
+
+# The same few trials for every method.
+
+
+def tune(study: Study) -> None:
+    """Two numbers of each method, four values each, one after the other, on the dev split.
+
+    The section of each method names them. A best value at an edge is followed with two more.
+    --numbers 1 chooses the first number alone.
+    """
+    study = on_dev(study)
+    methods = [m for m in study.methods if METHODS[m].reads_target]
+    trials = Trials(study, {}, most=100 * len(methods) * len(study.seeds))
+    best: dict[str, Values] = {m: {} for m in methods}
+    tried: dict[tuple[str, str], set[float]] = {}  # values by method and number
+    for place in range(study.numbers):
+        names = {m: METHODS[m].tuned[place][0] for m in methods}
+        for m, name in names.items():
+            before, values = tried.get((m, name), set()), {*METHODS[m].tuned[place][1]}
+            wanted = values or before | between(before, best[m][name])
+            tried[m, name] = allowed(trials, m, best[m], name, wanted)
+        tops = best_values(trials, best, names, tried)
+        for m, name in names.items():
+            further = two_beyond(tried[m, name], tops[m])
+            tried[m, name] |= allowed(trials, m, best[m], name, further)
+        tops = best_values(trials, best, names, tried)
+        best = {m: best[m] | {names[m]: tops[m]} for m in methods}
+    write_trials(study, trials, best)
+
+
+def best_values(
+    trials: Trials,
+    best: dict[str, Values],
+    names: dict[str, str],
+    tried: dict[tuple[str, str], set[float]],
+) -> dict[str, float]:
+    """The value of each method's number with the best score, of all that are to be tried."""
+    trials.run([(m, best[m] | {n: v}) for m, n in names.items() for v in sorted(tried[m, n])])
+    return {m: top(trials, m, best[m], n, tried[m, n]) for m, n in names.items()}
+
+
+def between(values: set[float], best: float) -> set[float]:
+    """Four values around the best, between its neighbours on a grid of equal factors."""
+    low, second, *_ = sorted(values)
+    return {rounded(best * (second / low) ** (k / 3)) for k in (-2, -1, 1, 2)}
+
+
+def two_beyond(values: set[float], best: float) -> set[float]:
+    """The next two values beyond the edge of a grid at which the best lies; none if inside."""
+    low, second, *_, last, high = sorted(values)
+    if best not in (low, high):
+        return set()
+    factor = low / second if best == low else high / last
+    found = {rounded(best * factor), rounded(best * factor**2)}
+    return {int(v) for v in found} if isinstance(best, int) else found
+
+
+def allowed(trials: Trials, method: str, best: Values, name: str, values: set[float]) -> set[float]:
+    """Those values that the method accepts: a share ends at 1, and a count at 1."""
+    found = set()
+    for value in values:
+        try:
+            configure(trials.study.flags | trials.flags(method, best | {name: value}))
+        except ValueError:
+            continue  # the grid ends here
+        found.add(value)
+    return found
+
+
+def write_trials(study: Study, trials: Trials, best: dict[str, Values]) -> None:
+    rows = []
+    for (method, *values), group in trials.found.items():
+        shown = ", ".join(f"{name} {value:g}" for name, value in values)
+        chosen = "chosen" if dict(values) == best[method] else ""
+        scores = mean_and_deviation(map(miou, group))
+        rows.append([METHODS[method].label, shown, scores, chosen])
+    split = configure(study.flags)[0].split
+    note = (
+        "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting. Each method "
+        "has the same number of trials. A number that is not named has its default."
+    )
+    named = {", ".join(map(str, key)): group for key, group in trials.found.items()}
+    header = ["method", "numbers", f"mIoU on {split}", ""]
+    write(study, f"tune-{study.task}", header, rows, note, named)
 
 
 def at_start(study: Study) -> Flags:

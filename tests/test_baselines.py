@@ -30,7 +30,7 @@ import baselines
 import clan
 import train
 from clan import Batch
-from methods import METHODS
+from methods import METHODS, state_of
 from models import Generator
 from settings import configure
 
@@ -253,10 +253,20 @@ def test_alignment_the_gate_opens_when_the_mean_accuracy_is_above_it():
     assert not alignment.gate_is_open(alignment.first_accuracies(None, hyper), phase, hyper)
 
 
+def test_baselines_late_clan_is_clan_in_adaptation_and_source_only_before():
+    G, D, batch, phase, hyper, _ = ready("clan_late")
+    for method, now in (("clan", phase), ("source", clan.phase_at(0, hyper))):
+        loss, terms, predictions = baselines.late_clan_step(G, D, batch, now, hyper)
+        wanted, of_method, _ = clan.g_step(G, D, batch, now, replace(hyper, method=method))
+        assert torch.equal(loss, wanted) and terms == of_method
+        assert (predictions is None) == (method == "source")
+
+
 # Who learns in each step: None, not zero, where nothing does, or momentum would move a weight.
 
 ALL = {"E", "C1", "C2"}
 LEARNS = {  # by method: the parts of G's step, of its later steps, and whether D has one
+    "clan_late": [ALL],
     "minent": [ALL],
     "advent": [ALL],
     "mcd": [ALL, {"C1", "C2"}, *[{"E"}] * 4],
@@ -277,7 +287,7 @@ def ready(name: str):
     torch.manual_seed(0)
     G, method = Generator("tiny", head_std=0.1), METHODS[name]
     D = train.second_network(G, hyper)
-    state = method.first_state(G, hyper) if method.first_state else {}
+    state = state_of(method, G, hyper)
     images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8, generator=seeded())
     batch = Batch(images, some_labels(2, 19, 32, 64), images.flip(3), (32, 64))
     if method.before_step:

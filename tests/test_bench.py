@@ -13,6 +13,7 @@ from PIL import Image
 import bench
 import gpu
 import measure
+import tables
 from methods import METHODS
 from settings import configure
 
@@ -175,9 +176,18 @@ def test_bench_growth_measures_and_draws(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_bench_every_method_is_measured_over_source_only(capsys):
-    for name in METHODS:
-        flags = ["--method", name, "--repeats", "1", "--sizes", "32", "64", "32", "64", "--json"]
-        bench.main(["step", *flags, "--batch", "2"])
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert found["step_ratio"] > 0 and found["peak_ratio"] > 0
+def test_bench_every_method_is_measured_over_source_only(tmp_path):
+    flags = ["--method", "all", "--repeats", "1", "--batch", "2", "--to", str(tmp_path)]
+    bench.main(["step", *flags, "--sizes", "32", "64", "32", "64"])
+    found = json.loads((tmp_path / tables.STEPS.format("tiny")).read_text())
+    assert found["methods"].keys() == METHODS.keys() and found["commit"]
+    assert found["methods"]["source"] == {"step_ratio": 1.0, "peak_ratio": 1.0}
+    assert all(row["step_ratio"] > 0 and row["peak_ratio"] > 0 for row in found["methods"].values())
+
+
+def test_bench_one_method_alone_writes_no_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "peak_bytes", lambda case, hyper, step: 2.0)
+    flags = ["--method", "minent", "--repeats", "1", "--batch", "1", "--to", str(tmp_path)]
+    bench.main(["step", *flags, "--sizes", "32", "64", "32", "64", "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["step_ratio"] > 0 and found["peak_ratio"] == 1 and not list(tmp_path.iterdir())

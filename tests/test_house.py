@@ -41,7 +41,7 @@ ORDER = (
         "runlog",
         "export",
     ),
-    *("predictions", "eval", "train", "runs", "figures", "tuning", "control", "study"),
+    *("predictions", "eval", "train", "runs", "figures", "tuning", "control", "tables", "study"),
     *("measure", "gpu", "bench"),
 )
 

@@ -26,6 +26,7 @@ from torch import nn
 import clan
 import data
 import study
+import tables
 import train
 from clan import Hyper
 from classes import CLASSES, LABEL_IDS, TO_TRAIN_IDS
@@ -170,7 +171,7 @@ def test_methods_a_new_row_is_in_the_help_and_in_the_table_of_a_study(rows, tmp_
     study.main(["table", *methods, *sizes, *flags, *folder, "--log-every", "1"])
     (table,) = (tmp_path / "runs").glob("table-*.json")
     header = json.loads(table.read_text())["header"]
-    bound = [study.BOUND] * (row != "trio")  # streets alone have one
+    bound = [tables.BOUND] * (row != "trio")  # streets alone have one
     assert header == ["class", "source only", "TAN", *["Even"] * (row == "even"), *bound]
 
 

@@ -32,9 +32,11 @@ from torch import nn
 import data
 import figures
 import study
+import tables
 import train
 import tuning
 from classes import CLASSES, INFREQUENT
+from methods import METHODS
 from runs import (
     RESULT,
     detectable,
@@ -411,15 +413,54 @@ def test_study_table_of_streets_has_a_bound_that_is_no_method(monkeypatch, tmp_p
             made[name] = [result | {"settings": {"seed": f["seed"]}} for f in cells]
         return made
 
-    monkeypatch.setattr(study, "run_groups", run_groups)
-    study.table_1_and_2(study.parse(["table", "--to", str(tmp_path)])["table"])
+    monkeypatch.setattr(tables, "run_groups", run_groups)
+    tables.table_1_and_2(study.parse(["table", "--to", str(tmp_path)])["table"])
     content = json.loads((tmp_path / f"table-{TASK}.json").read_text())
     rows = {row[0]: row[1:] for row in content["rows"]}
-    assert content["header"][-1] == study.BOUND and len(rows["mIoU"]) == 5
+    assert content["header"][-1] == tables.BOUND and len(rows["mIoU"]) == 5
     assert rows["gap closed"] == ["0 %", "25 %", "40 %", "", "100 %"]
     assert rows["mIoU"][-1] == rows["road"][-1] == "60.0 ± 0.0"
     photographs = study.parse(["table", "--tgt", "folder", "--backbone", "lite0"])["table"]
-    assert study.bound_groups(photographs) == {}, "only streets have labels for a bound"
+    assert tables.bound_groups(photographs) == {}, "only streets have labels for a bound"
+
+
+def test_study_table_of_all_systems_has_gains_costs_and_the_papers_numbers(monkeypatch, tmp_path):
+    """A made-up world in which CBST gains ten points and loses one class."""
+
+    def result(method: str, flags: dict) -> dict:
+        points = {"source": 0.0, "cbst": 0.1, "tan": 0.05, "clan": 0.05}[method]
+        score = 0.3 + points + flags["seed"] / 100
+        iou = {"road": score, "pole": score, "wall": 0.1 if method == "cbst" else score}
+        found = {"miou": score, "iou": iou, "commit": "c", "machine": "m", "seconds": 1.0}
+        return found | {"checkpoint": str(flags["out"]), "settings": {"seed": flags["seed"]}}
+
+    def run_groups(study_, groups):
+        known = {name: name for name in ("source", "tan", "clan", "cbst")}
+        return {k: [result(known.get(k, "source"), f) for f in v] for k, v in groups.items()}
+
+    monkeypatch.setattr(tables, "run_groups", run_groups)
+    costs = {"methods": {"cbst": {"step_ratio": 2.5, "peak_ratio": 1.25}}}
+    (tmp_path / tables.STEPS.format("tiny")).write_text(json.dumps(costs))
+    flags = ["table", "--to", str(tmp_path), "--results", str(tmp_path)]
+    study.main([*flags, "--methods", "source,tan,clan"])
+    assert not (tmp_path / f"systems-{TASK}.json").exists(), "the usual table has no need of it"
+    study.main([*flags, "--methods", "source,tan,clan,cbst"])
+    content = json.loads((tmp_path / f"systems-{TASK}.json").read_text())
+    rows = {row[0]: dict(zip(content["header"], row, strict=True)) for row in content["rows"]}
+    assert rows["CBST"]["gain over source only"] == "+10.0 [+10.0, +10.0]"
+    assert rows["CBST"]["classes lost"] == "1.0" and rows["TAN"]["classes lost"] == "0.0"
+    assert (rows["CBST"]["time a step"], rows["CBST"]["memory"]) == ("2.50", "1.25")
+    assert rows["TAN"]["memory"] == "not measured"
+    assert rows["CBST"]["paper, SYNTHIA"] == "40.7 * (26.2)", "36.1 is printed"
+    assert rows["TAN"]["paper, GTA5"] == "35.0 (17.9)"
+    assert Image.open(tmp_path / f"systems-{TASK}.png").size[0] > 300
+
+
+def test_study_the_papers_rows_stand_with_the_source_only_of_each_system():
+    found = {m: (tables.of_paper("gta5", m), tables.of_paper("synthia", m)) for m in METHODS}
+    assert found["mcd"] == ("28.8 (24.9)", "") and found["cda"] == ("28.9 (22.3)", "")
+    assert found["cross_city"] == ("", "35.7 (20.5)") and found["source"] == ("17.9", "20.2")
+    assert found["st"] == found["multi"] == found["advent"] == found["clan_late"] == ("", "")
 
 
 def test_study_quick_of_everything_leaves_no_part_out(tmp_path):
@@ -678,6 +719,74 @@ def test_study_sweep_chooses_on_dev(scenes, tmp_path, monkeypatch):
     assert "seg_heads by source only" in content["notes"][0] and "mean M is" in content["notes"][0]
     lines = (tmp_path / "results" / "streets-streets-tiny.jsonl").read_text().splitlines()
     assert {json.loads(line)["settings"]["split"] for line in lines} == {"dev"}
+
+
+def tuned(monkeypatch, tmp_path, methods: str, score_of, *flags) -> tuple[dict, dict]:
+    """(chosen numbers, all trials) by label, where trials score what `score_of` says of Hyper."""
+    made = {}
+
+    def run_groups(study_, groups, checkpoints=False):
+        for key, cells in groups.items():
+            assert [flags["seed"] for flags in cells] == [10, 11]
+            assert all(configure(flags)[0].split == "dev" for flags in cells)
+            made[key] = score_of(configure(cells[0])[1])
+        return {key: [{"miou": made[key]}] * 2 for key in groups}
+
+    found = {}
+
+    def write(study_, name, header, rows, note, groups):
+        assert name == "tune-streets-streets-tiny"
+        found.update({row[0]: row[1] for row in rows if row[-1] == "chosen"})
+
+    monkeypatch.setattr(tuning, "run_groups", run_groups)
+    monkeypatch.setattr(tuning, "write", write)
+    study.main(["tune", "--methods", methods, "--runs", str(tmp_path), *flags])
+    return found, made
+
+
+def test_study_tune_gives_each_method_eight_trials_and_follows_an_edge_once(monkeypatch, tmp_path):
+    def score_of(hyper) -> float:
+        far = math.log(hyper.lambda_adv / 1e-6) + abs(math.log(hyper.lr_d / 1e-4))
+        if hyper.method == "mcd":
+            far = abs(math.log(hyper.lambda_dis / 3.0)) + hyper.mcd_steps
+        if hyper.method == "cbst":
+            far = abs(hyper.portion - 0.5) + abs(math.log(hyper.lambda_st / 0.3))
+        if hyper.method == "minent":
+            far = abs(math.log(hyper.lambda_ent / 0.02))
+        return 1 / (1 + far)
+
+    methods = ("tan", "mcd", "cbst", "minent")
+    chosen, made = tuned(monkeypatch, tmp_path, ",".join(methods), score_of)
+    assert chosen == {
+        "TAN": "lambda_adv 0.00313, lr_d 0.0001",
+        "MCD": "lambda_dis 3, mcd_steps 1",
+        "CBST": "lambda_st 0.3, portion 0.5",
+        "MinEnt": "lambda_ent 0.0139",
+    }
+    trials = {m: [dict(key[1:]) for key in made if key[0] == m] for m in methods}
+    rates = {0.0125, 0.025, 0.05, 0.1} | {0.00313, 0.00625}  # the best was an edge
+    assert {t["lambda_adv"] for t in trials["tan"]} == rates
+    assert len(trials["mcd"]) == 8, "no count below 1"
+    assert {t["portion"] for t in trials["cbst"]} == {0.1, 0.2, 0.35, 0.5}, "a share ends there"
+    assert len(trials["minent"]) == 8 and len(trials["cbst"]) == 8
+
+
+def test_study_tune_of_one_number_leaves_the_other(monkeypatch, tmp_path):
+    score_of = lambda hyper: -abs(math.log(hyper.lambda_adv / 0.03))  # noqa: E731
+    chosen, made = tuned(monkeypatch, tmp_path, "tan,clan", score_of, "--numbers", "1")
+    assert chosen == {"TAN": "lambda_adv 0.025", "CLAN": "lambda_adv 0.025"} and len(made) == 8
+
+
+def test_study_each_method_names_two_numbers_of_its_own_with_four_values_each():
+    for name, method in METHODS.items():
+        if not method.reads_target:
+            continue
+        (first, values), (second, others) = method.tuned
+        used = configure({"method": name})[1]
+        assert hasattr(used, first) and hasattr(used, second)
+        assert not {first, second} & method.unused
+        assert len(values) == 4 and len(others) in (0, 4) and list(values) == sorted(values)
+        assert (first == second) == (not others)
 
 
 def test_study_only_the_usual_run_folder_is_recorded_in_the_repository():

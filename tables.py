@@ -1,0 +1,196 @@
+"""Tables 1 and 2: classes by method, and all systems side by side.
+
+    python study.py table --jobs 2                  # source only, TAN, CLAN
+    python study.py table --methods all --jobs 2    # the other systems too
+
+The paper's numbers stand beside ours. They are of other networks.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import eval as evaluation
+from classes import INFREQUENT
+from control import lost_classes
+from methods import METHODS
+from runs import (
+    INTERVALS,
+    Pick,
+    Study,
+    brackets,
+    difference,
+    mean_and_deviation,
+    miou,
+    points_apart,
+    run_groups,
+    save_figure,
+    spread,
+    t_interval,
+    write,
+)
+from settings import configure
+
+COMPARED = ("source", "tan", "clan")  # unless --methods says others
+
+
+def method_groups(study: Study) -> dict[str, list[dict]]:
+    return {method: study.cells(method=method) for method in study.methods}
+
+
+BOUND = "target-trained (a bound)"
+
+
+def bound_groups(study: Study) -> dict[str, list[dict]]:
+    """Runs that learn the target's own labels. They bound what adaptation can reach."""
+    settings, _ = configure(study.flags)
+    known = settings.src == settings.tgt == "streets" and "source" in study.methods
+    return {BOUND: study.cells(method="source", looks="city")} if known else {}
+
+
+def table_1_and_2(study: Study) -> None:
+    """Tables 1 and 2: IoU by class and mIoU, mean ± deviation over seeds, beside the paper's.
+
+    On streets there is a bound too: the same network and steps, on the target's labels.
+    """
+    groups = method_groups(study)
+    all_results = run_groups(study, groups | bound_groups(study))
+    results = {method: all_results[method] for method in groups}
+    bound = all_results.get(BOUND)
+    settings, _ = configure(study.flags)
+    task = (settings.src, settings.tgt, settings.backbone)
+    in_paper = {method: evaluation.paper_row(*task, method) for method in results}
+    papers = {method: row for method, row in in_paper.items() if row}
+    paired = {"clan", "tan"} <= results.keys()
+
+    def row(label: str, pick: Pick) -> list[str]:
+        cells = [mean_and_deviation(map(pick, group)) for group in results.values()]
+        cells += [difference(results["clan"], results["tan"], pick)] if paired else []
+        cells += [mean_and_deviation(map(pick, bound))] if bound else []
+        return [label, *cells, *(evaluation.percent(pick(p)) for p in papers.values())]
+
+    def gain(label: str, pick: Pick) -> list[str]:
+        cells = [difference(group, results["source"], pick) for group in results.values()]
+        both = [(pick(p), pick(papers["source"])) for p in papers.values()]
+        paper_gains = ("-" if a is None or b is None else f"{100 * (a - b):+.1f}" for a, b in both)
+        return [label, *cells, *[""] * (paired + bool(bound)), *paper_gains]
+
+    def closed(label: str, pick: Pick) -> list[str]:
+        """How much of the way from source only to the bound each method goes, of the means."""
+        means = [spread(map(pick, group))[0] for group in results.values()]
+        least, most = (spread(map(pick, group))[0] for group in (results["source"], bound or []))
+        shares = [(mean - least) / (most - least) if most > least else np.nan for mean in means]
+        cells = ["-" if np.isnan(x) else f"{100 * x + 0.0:.0f} %" for x in shares]
+        return [label, *cells, *[""] * paired, "100 %", *[""] * len(papers)]
+
+    header = ["class", *(METHODS[m].label for m in results)]
+    header += ["CLAN - TAN"] * paired + [BOUND] * bool(bound)
+    header += [f"{METHODS[m].label}, paper" for m in papers]
+    first = next(iter(results.values()))[0]
+
+    def of_class(name: str) -> Pick:
+        return lambda result: result["iou"].get(name)
+
+    def of_mean(key: str) -> Pick:
+        return lambda result: result.get(key)
+
+    rows = [row(name + " *" * (name in INFREQUENT), of_class(name)) for name in first["iou"]]
+    means = {"miou": "mIoU"}
+    if "miou_13" in first:  # SYNTHIA is scored in two ways
+        means = {"miou": "mIoU, 16 classes", "miou_13": "mIoU, 13 classes"}
+    for key, label in means.items():
+        rows.append(row(label, of_mean(key)))
+        if "source" in results:
+            rows.append(gain(f"gain, {label}", of_mean(key)))
+        if bound:
+            rows.append(closed("gap closed", of_mean(key)))
+    note = (
+        "IoU in % on the validation split, last checkpoint, mean ± standard deviation over seeds. "
+        f"{INTERVALS} * infrequent."
+    )
+    if bound:
+        note += " The bound learns the target's labels for as many steps, and is no method."
+    write(study, f"table-{study.task}", header, rows, note, all_results)
+    if "source" in results and not results.keys() <= {*COMPARED}:
+        systems(study, results)
+
+
+# All systems side by side.
+
+
+def systems(study: Study, results: dict[str, list[dict]]) -> None:
+    """A row for each method: score, gain, rare classes, classes lost, costs, and the paper's score.
+
+    And a figure of the gains.
+    """
+    source, costs = results["source"], step_costs(study)
+    rows = []
+    for method, group in results.items():
+        pairs = points_apart(group, source)
+        gain = "" if method == "source" else f"{np.mean(pairs):+.1f}{brackets(t_interval(pairs))}"
+        rare = [spread(r["iou"].get(c) for c in INFREQUENT)[0] for r in group]
+        lost = [lost_classes(*both) for both in zip(group, source, strict=True)]
+        rows.append([
+            METHODS[method].label,
+            mean_and_deviation(map(miou, group)),
+            gain,
+            mean_and_deviation(rare),
+            f"{np.mean(lost):.1f}",
+            *costs.get(method, ("not measured", "not measured")),
+            of_paper("gta5", method),
+            of_paper("synthia", method),
+        ])  # fmt: skip
+    header = ["method", "mIoU", "gain over source only", "infrequent", "classes lost"]
+    header += ["time a step", "memory", "paper, GTA5", "paper, SYNTHIA"]
+    note = (
+        "Target mIoU in %, last checkpoint, mean ± standard deviation over seeds; the gain, paired "
+        "by seed, with a 95 % interval by Student's t; mean IoU of the infrequent classes "
+        f"({', '.join(INFREQUENT)}); how many classes end more than 2 points below source only. "
+        "Time and peak memory of a step of adaptation over those of source only's step. The "
+        "paper's: mIoU with VGG-16 (of 13 classes on SYNTHIA), in brackets that of the source-only "
+        "network that the row is compared with. These networks differ from each other and from "
+        "ours. * The paper prints 36.1 for CBST on SYNTHIA. Its 13 classes average 40.7."
+    )
+    write(study, f"systems-{study.task}", header, rows, note, results)
+    others = {m: points_apart(group, source) for m, group in results.items() if m != "source"}
+    figure = Figure(figsize=(6, 0.6 + 0.3 * len(others)), layout="constrained")
+    ax = figure.subplots()
+    for place, pairs in enumerate(reversed(others.values())):
+        low, high = t_interval(pairs)
+        ax.plot((low, high), (place, place), "C0-")
+        ax.plot(np.mean(pairs), place, "C0o")
+    ax.set_yticks(range(len(others)), [METHODS[m].label for m in reversed(others)])
+    ax.axvline(0, color="k", lw=0.8)
+    ax.set_xlabel("gain over source only, points of mIoU")
+    save_figure(study, figure, f"systems-{study.task}", [r for g in results.values() for r in g])
+
+
+def step_costs(study: Study) -> dict[str, tuple[str, str]]:
+    """(time, memory) of each method's step over source only's, as bench.py has recorded them."""
+    path = study.results / STEPS.format(configure(study.flags)[0].backbone)
+    found = json.loads(path.read_text())["methods"] if path.exists() else {}
+    ratios = {m: (row["step_ratio"], row["peak_ratio"]) for m, row in found.items()}
+    return {m: (f"{time:.2f}", f"{memory:.2f}") for m, (time, memory) in ratios.items()}
+
+
+STEPS = "step-{}.json"  # written by bench.py step --method all, by backbone
+OWN_SOURCE = "source only ({}'s)"  # the paper's name of a system's own source-only network
+
+
+def of_paper(src: str, method: str) -> str:
+    """The paper's mIoU with VGG-16, and that of its source-only network; '' if it has neither."""
+    tables = json.loads((Path(__file__).parent / "docs" / "paper_tables.json").read_text())
+    rows = {row["method"]: row for row in tables[src] if row["backbone"] == "vgg16"}
+    name = METHODS[method].label
+    if name not in rows:
+        return ""
+    mean = float(np.mean([*rows[name]["iou"].values()]))
+    slip = " *" if abs(mean - rows[name]["miou"]) > 0.1 else ""
+    if method == "source":
+        return f"{mean:.1f}"
+    base = rows.get(OWN_SOURCE.format(name), rows["source only"])["miou"]
+    printed = rows[name]["miou"] - rows[name]["gain"]
+    base = printed if abs(printed - base) > 0.1 else base  # Cross-city's is not in the table
+    return f"{mean:.1f}{slip} ({base:.1f})"
