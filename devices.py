@@ -159,7 +159,7 @@ def ranks() -> tuple[int, int]:
 
 def join_processes(device: torch.device) -> None:
     """Under torchrun, join the group. Each process has its own GPU, or all share the CPU."""
-    if launch().local_rank is None:
+    if launch().local_rank is None or in_group():  # the second of two runs has joined
         return
     # nccl for the GPU, and gloo for the CPU: `any_rank` must not make the GPU wait
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -18,6 +18,7 @@ from torch import Tensor
 import alignment
 import baselines
 import clan
+import selftrain
 from baselines import Axes, State
 from clan import Hyper, Phase, Terms
 
@@ -53,6 +54,9 @@ class Method:
     before_step: Callable[[int, Any, baselines.Images, Any], State] | None = None
     next_state: Callable[[State, Any, Terms, Any], State] | None = None
     moves_g: Callable[[State, Phase, Any], bool] = lambda state, phase, hyper: True  # in this step
+    # The weights that are scored, from the state; None: those of G. A method with others is a
+    # second stage: it goes on with a network that has learnt.
+    result: Callable[[State], State] | None = None
     tuned: Axes = baselines.TUNED  # the two numbers that matter most, and four values of each
 
 
@@ -147,7 +151,22 @@ METHODS = {
         build_d=alignment.easy_tasks,
         tuned=alignment.CDA_TUNED,
     ),
+    "selftrain": Method(
+        "second stage",
+        CLAN_ONLY | ADVERSARIAL,
+        selftrain.SelftrainHyper,
+        has_d=False,
+        g_step=selftrain.selftrain_step,
+        first_state=selftrain.first_teacher,
+        before_step=selftrain.teacher_begins,
+        next_state=selftrain.next_teacher,
+        result=selftrain.teacher_of,
+    ),
 }
+
+
+# A table of systems compares these: all but the second stage.
+FIRST_STAGE = tuple(name for name, method in METHODS.items() if not method.result)
 
 
 def state_of(method: Method, G: Any, hyper: Any) -> State:

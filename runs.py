@@ -104,7 +104,7 @@ RESULT = "study.json"  # of a finished run: its scores, time and machine
 # What is recorded of a result besides where it was made.
 KEPT: tuple[str, ...] = ("miou", "miou_13", "miou_before", "iou", "images", "left_out")
 KEPT += ("seconds", "threads", "mean_weight", "d_loss", "d_source", "d_target")
-KEPT += (*train.UNLABELLED, "before", "curve", "date", "torch")
+KEPT += (*train.UNLABELLED, "before", "student", "curve", "date", "torch")
 
 
 def same_run(fields: dict) -> dict:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 import clan
-from checkpoints import newest_valid, read_metadata, saved
+from checkpoints import name_of, newest_valid, read_metadata, saved
 from data import DATASETS
 from devices import count_workers, launch, uses_bfloat16
 from methods import METHODS, own_fields, unused_fields
@@ -134,6 +134,13 @@ OF_BACKBONE: dict[str, Flags] = {
 }
 
 
+# Of a second stage that goes on with another run (--method selftrain --init RUN).
+SECOND_STAGE: dict[str, Flags] = {
+    "tiny": {"steps": 500, "adv_start": 0, "lr_g": 0.002},
+    "lite0": {"steps": 250, "adv_start": 0, "warmup": 0.0, "lr_g": 0.002},
+}
+
+
 def short_side(backbone: str) -> int:
     """Of a folder's images, unless --tgt-size or --src-size gives another size."""
     return {"tiny": 144, "lite0": 192}.get(backbone, 512)
@@ -230,6 +237,8 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
     settings = Settings(**of_settings)
 
     numbers = asdict(clan.RECIPES[settings.recipe]) | defaults(settings)
+    if flags.get("method") == "selftrain" and settings.init not in ("none", "imagenet"):
+        numbers |= SECOND_STAGE.get(settings.backbone, {"adv_start": 0})
     numbers |= {k: v for k, v in flags.items() if k not in names}
     check_choice("method", numbers["method"], METHODS)
     if settings.out is None:
@@ -379,6 +388,12 @@ def run_parser(description: str, flags: Flags | None = None) -> argparse.Argumen
         type=Path,
         help="go on from a run folder or a checkpoint; without a value: from the newest of --out",
     )
+    parser.add_argument(
+        "--selftrain-start",
+        type=int,
+        metavar="N",
+        help="steps of the method; a second stage follows, as with --method selftrain --init RUN",
+    )
     add_run_flags(parser, flags=flags)
     return parser
 
@@ -401,6 +416,7 @@ def parse(argv: list[str] | None, description: str = "") -> tuple[Flags, Path | 
         rest = [word for word in argv if word not in asked]
         try:
             flags, resume = flags_in(parser.parse_args(rest))
+            flags.pop("selftrain_start", None)
             if resume is not None:
                 flags, _ = resumed(flags, resume, lambda *_, **__: None)
             parser = run_parser(description, flags)
@@ -417,6 +433,37 @@ def refuse_unused_flags(flags: Flags) -> None:
     unused = [flag_of(name) for name in flags if name in unused_fields(method)]
     if unused:
         raise ValueError(f"--method {method} does not use {', '.join(unused)}: drop one of the two")
+
+
+# A run with a second stage.
+
+
+def both_parts(flags: Flags) -> tuple[Flags | None, Flags]:
+    """The flags of the first part and of the second stage: two runs, the one in the other's folder.
+
+    Without --selftrain-start there is one run, and the first part is None. A flag that both parts
+    use holds for both.
+    """
+    flags = dict(flags)
+    start = flags.pop("selftrain_start", None)
+    if start is None:
+        return None, flags
+    if flags.get("method") == "selftrain" or start < 1:
+        raise ValueError("--selftrain-start N follows N > 0 steps of another --method: name that")
+    if flags.get("steps", start + 1) <= start:
+        raise ValueError(f"--steps counts both parts: give more than --selftrain-start {start}")
+    own, unused = own_fields("selftrain"), unused_fields("selftrain") | {"adv_start", "init"}
+    second = {k: v for k, v in flags.items() if k not in unused}
+    second |= {"method": "selftrain", "lineage": configure(first_flags(flags, own))[0].lineage}
+    if "steps" in flags:
+        second["steps"] = flags["steps"] - start
+    out = configure(second | {"init": "first"})[0].folder
+    first = first_flags(flags, own) | {"steps": start, "out": out / "first"}
+    return first, second | {"out": out, "init": str(out / "first" / name_of(start))}
+
+
+def first_flags(flags: Flags, own: set[str]) -> Flags:
+    return {k: v for k, v in flags.items() if k not in own}
 
 
 # Going on with a run.

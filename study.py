@@ -52,7 +52,7 @@ from figures import (
     tsne,
     weightmap,
 )
-from methods import METHODS
+from methods import FIRST_STAGE, METHODS
 from models import Generator
 from predictions import ensemble_and_m
 from runlog import Stopped
@@ -455,7 +455,7 @@ def seeds_of(text: str) -> tuple[int, ...]:
 
 
 def methods_of(text: str) -> tuple[str, ...]:
-    found = tuple(METHODS) if text == "all" else tuple(text.split(","))
+    found = FIRST_STAGE if text == "all" else tuple(text.split(","))
     if not set(found) <= set(METHODS) or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"choose from {','.join(METHODS)}, each once, or all")
     return found

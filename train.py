@@ -9,6 +9,7 @@ holds metrics.jsonl, the last checkpoints, and at the end eval.json and result.p
 """
 
 import contextlib
+import copy
 import errno
 import itertools
 import json
@@ -59,7 +60,9 @@ from models import (
 )
 from runlog import Log, Stop, Stopped, last_answers, progress_bar, remedies
 from settings import (
+    Flags,
     Settings,
+    both_parts,
     configure,
     flag_of,
     less_memory,
@@ -128,6 +131,8 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     amp = devices.uses_bfloat16(settings.amp, device)
     method = METHODS[hyper.method]
     source, target, val = open_all(settings)
+    if method.result and not resume:
+        check_start(settings, hyper, source.classes)
     drawn = settings.src == settings.tgt == "streets"
     workers = devices.count_workers(settings.workers, drawn)
 
@@ -155,6 +160,9 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     keep = partial(checkpoint, settings, hyper, origin, parts, log)
     stop = Stop(grace=2.0 if world > 1 else 0.0)
     with log.bar, stop, remedies(settings.folder):
+        if method.result and start == hyper.adv_start == 0:  # a second stage of another run
+            record_score(0, log, partial(score, G, bar=log.bar))
+            keep(0, BEFORE)
         for step, batch in zip(range(start, hyper.steps), batches, strict=True):
             # VGG-16's dropout and --m-control shuffled draw from torch's generator. Reseeding each
             # step makes resuming exact.
@@ -169,8 +177,10 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
                 terms = one_step(method, *parts, batch, phase, hyper, autocast)
             count = world * hyper.batch * (2 if uses_target(step, hyper) else 1)
             log.add(step + 1, terms, count)
-            after_step(step + 1, settings, hyper, log, stop, partial(score, G, bar=log.bar), keep)
-    return finish(settings, hyper, source, val, G, score, device, console)
+            result = partial(network_of, method, G, state, step + 1, hyper)
+            after_step(step + 1, settings, hyper, log, stop, result, score, keep)
+    network = network_of(method, G, state, hyper.steps, hyper)
+    return finish(settings, hyper, source, val, G, network, score, device, console)
 
 
 # Before the loop.
@@ -215,6 +225,25 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     if val.has_labels and not set(source.classes) & set(val.classes):  # labels of another field
         val = replace(val, items=tuple((image, None) for image, _ in val.items))
     return source, target, val
+
+
+def check_start(settings: Settings, hyper: Hyper, classes: tuple[str, ...]) -> None:
+    """Raises ValueError if a second stage would not begin with a network of these classes."""
+    if settings.init in ("none", "imagenet"):
+        if hyper.adv_start == 0:
+            raise ValueError(
+                "--method selftrain goes on with a network that has learnt: give --init RUN, or "
+                "--adv-start N to learn the source first"
+            )
+        return
+    metadata = read_metadata(newest_checkpoint(Path(settings.init)))
+    theirs = tuple(metadata.get("classes", classes))
+    if theirs != classes:
+        names = sorted({*theirs} ^ {*classes}) or ["another order"]
+        raise ValueError(
+            f"{settings.init} was trained on other classes ({', '.join(names)}): take a run on the "
+            "same source"
+        )
 
 
 def first_networks(
@@ -442,26 +471,44 @@ def after_step(
     hyper: Hyper,
     log: Log,
     stop: Stop,
-    score: Callable[[], dict],
+    network: Callable[[], Generator],
+    score: Callable[..., dict],
     keep: Callable[[int, str], None],
 ) -> None:
-    """What is due after `done` steps: a score, a checkpoint, or the end if the run must stop."""
+    """What is due after `done` steps: a score, a checkpoint, or the end if the run must stop.
+
+    network: makes what is scored.
+    """
     stopping = devices.any_rank(stop.asked)
     adapts_next = done == hyper.adv_start and METHODS[hyper.method].reads_target
     due = settings.eval_every and (done - hyper.adv_start) % settings.eval_every == 0
     if adapts_next or (due and hyper.adv_start < done < hyper.steps):
-        result = score()
-        keys = [key for key in ("miou", "iou", *UNLABELLED) if key in result]
-        log.record({"step": done} | {f"target_{key}": result[key] for key in keys})
-        score_of = f"mIoU {100 * result['miou']:.1f}," if "miou" in result else "without a score:"
-        shown = f"confidence {result['confidence']:.3f}, M {result['m']:.4f}"
-        log.bar.console.print(f"step {done}: target {score_of} {shown}")
+        record_score(done, log, partial(score, network(), bar=log.bar))
     if adapts_next:  # after the score, which a run resumed from here must have
         keep(done, BEFORE)
     if done % settings.save_every == 0 or done == hyper.steps or stopping:
         keep(done, name_of(done))
     if stopping and done < hyper.steps:
         raise Stopped(f"stopped after step {done}; go on with --resume {settings.out}")
+
+
+def network_of(method: Method, G: Generator, state: State, done: int, hyper: Hyper) -> Generator:
+    """What is scored after `done` steps: G, or in a second stage a copy with the teacher in it."""
+    if method.result is None or done <= hyper.adv_start:
+        return G
+    teacher = copy.deepcopy(G)
+    teacher.load_state_dict(method.result(state))
+    return teacher
+
+
+def record_score(done: int, log: Log, score: Callable[[], dict]) -> None:
+    """Score on the target, write a line of metrics.jsonl, and say it."""
+    result = score()
+    keys = [key for key in ("miou", "iou", *UNLABELLED) if key in result]
+    log.record({"step": done} | {f"target_{key}": result[key] for key in keys})
+    score_of = f"mIoU {100 * result['miou']:.1f}," if "miou" in result else "without a score:"
+    shown = f"confidence {result['confidence']:.3f}, M {result['m']:.4f}"
+    log.bar.console.print(f"step {done}: target {score_of} {shown}")
 
 
 UNLABELLED = ("confidence", "m", "shares")  # what evaluation.unlabelled returns
@@ -507,18 +554,24 @@ def finish(
     source: data.DataSet,
     val: data.DataSet,
     G: Generator,
+    network: Generator,
     score: Callable[..., dict],
     device: torch.device,
     console: Console,
 ) -> dict:
-    """Score the weights before and after adaptation; print the table, write score and picture."""
+    """Score the weights before and after adaptation; print the table, write score and picture.
+
+    network: the result: G, or in a second stage the teacher. Then G is the column "student".
+    """
     networks, out = {}, settings.folder
     if (out / BEFORE).exists():
         before, _ = load_generator(out / BEFORE, say=lambda _: None)
         networks["before"] = devices.place(before, device)
-    networks["after"] = G
+    if network is not G:
+        networks["student"] = G
+    networks["after"] = network
     with progress_bar(console) as bar:
-        columns = {name: score(network, bar=bar) for name, network in networks.items()}
+        columns = {name: score(x, bar=bar) for name, x in networks.items()}
     if devices.ranks()[0] > 0:
         return columns["after"]
     columns["after"] |= last_answers(out / "metrics.jsonl")
@@ -537,11 +590,11 @@ def finish(
         "checkpoint": str(path),
         "settings": read_metadata(path)["settings"],
     }
-    if "before" in columns:
-        first = columns["before"]
-        keys = [key for key in ("miou", "iou", *UNLABELLED) if key in first]
-        result["before"] = {key: first[key] for key in keys}
-        result |= {"miou_before": first["miou"]} if "miou" in first else {}
+    for name in columns.keys() & {"before", "student"}:
+        keys = [key for key in ("miou", "iou", *UNLABELLED) if key in columns[name]]
+        result[name] = {key: columns[name][key] for key in keys}
+    if "miou" in result.get("before", {}):
+        result["miou_before"] = result["before"]["miou"]
     (out / "eval.json").write_text(json.dumps(result, indent=1))
     to_source_ids = data.shared_classes(source, val)[0] if val.has_labels else None
     figure = evaluation.draw(val, to_source_ids, networks, device, source.classes)
@@ -556,16 +609,33 @@ def finish(
 NOT_BEGUN = "Make room in the memory: the run has not begun."
 
 
+def train_first(flags: Flags, go_on: bool, console: Console) -> None:
+    """The part of a run before --selftrain-start, or what is left of it."""
+    refuse_unused_flags(flags)
+    settings, hyper = configure(flags)
+    if (settings.folder / name_of(hyper.steps)).exists():
+        return
+    resume = None
+    if go_on and saved(settings.folder):
+        flags, resume = resumed(flags, settings.folder, console.print)
+        settings, hyper = configure(flags)
+    train(settings, hyper, resume, console)
+
+
 def main(argv: list[str] | None = None) -> None:
     flags, resume = parse(argv, __doc__ or "")
     place = devices.launch()
     console = Console(quiet=place.rank > 0)
     known: tuple[Settings, Hyper, bool] | None = None
     try:
+        before, flags = both_parts(flags)
         refuse_unused_flags(flags)
         folder = run_folder(flags, resume)
         with owned(folder) if place.rank == 0 else contextlib.nullcontext():
             resume = restarted(flags, resume)
+            if before and not saved(folder):
+                train_first(before, resume is not None, console)
+                resume = None
             if resume is not None:
                 flags, resume = resumed(flags, resume, console.print)
             settings, hyper = configure(flags)

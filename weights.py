@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints import read_checkpoint, read_metadata
+import selftrain
+from checkpoints import newest_checkpoint, read_checkpoint, read_metadata
 from classes import CLASSES
 from models import BACKBONES, Discriminator, Generator, lineage_for
 
@@ -94,22 +95,31 @@ def describe(path: str | Path, report: LoadReport, say: Callable[[str], None]) -
         say("  the file has one classifier: it went into C1 only, C2 keeps its initial value")
 
 
+OF_TEACHER = f"state.{selftrain.TEACHER}"
+
+
 def read_weights(path: Path, part: str) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a file and its settings, {} if it has none. Of our checkpoints it takes only
-    the tensors of `part`, "G." or "D.", without this prefix."""
+    the tensors of `part`, "G." or "D.", without this prefix. Of a second stage that has begun it
+    takes the teacher for G. A run folder stands for its newest checkpoint."""
+    path = newest_checkpoint(path) if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the path of the weights")
+        raise ValueError(f"{path}: no such file; give the path of the weights, or a run folder")
     with path.open("rb") as file:
         head = file.read(9)
     if head[8:] != b"{" and path.suffix != ".safetensors":
         return read_pickle(path), {}
     tensors, metadata = read_checkpoint(path)
-    if any(n.startswith(("G.", "D.")) for n in tensors):
-        tensors = {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
     try:
-        return tensors, json.loads(metadata.get("settings", "{}")) or {}
+        settings = json.loads(metadata.get("settings", "{}")) or {}
+        begun = json.loads(metadata.get("step", "0")) > settings.get("adv_start", 0)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: damaged settings ({error}); fetch or save it again") from error
+    if part == "G." and begun and any(n.startswith(OF_TEACHER) for n in tensors):
+        part = OF_TEACHER
+    if any(n.startswith(("G.", "D.")) for n in tensors):
+        tensors = {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
+    return tensors, settings
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

@@ -277,6 +277,7 @@ LEARNS = {  # by method: the parts of G's step, of its later steps, and whether 
     "fcns_wild": [ALL],
     "cross_city": [ALL],
     "cda": [ALL],
+    "selftrain": [ALL],
 }
 
 
@@ -404,6 +405,7 @@ def test_baselines_two_processes_take_the_step_of_one_with_twice_the_batch(name,
     takes the mean over its own."""
     flags = flags_of(name, "--batchnorm", "running", "--no-bn-affine", "--lr-g", "0.001")
     flags += ["--portion", "1", "--portion-max", "1"] if name in ("st", "cbst") else []
+    flags += ["--trust", "constant", "--colours", "0"] if name == "selftrain" else []
     flags += ["--lr-d", "0.00001"] if METHODS[name].has_d else []
     flags += ["--d-dropout", "0"] if "d_dropout" in vars(configure({"method": name})[1]) else []
     place = flags.index("--batch")
@@ -464,9 +466,14 @@ def test_baselines_bfloat16_moves_a_gradient_hardly_more_than_that_of_clan(name)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_baselines_a_nan_of_its_own_is_named(name, few, tmp_path, monkeypatch):
-    term = {"minent": "ent", "mcd": "dis", "st": "st", "cbst": "st", "cda": "layout"}.get(
-        name, "adv"
-    )
+    term = {
+        "minent": "ent",
+        "mcd": "dis",
+        "st": "st",
+        "cbst": "st",
+        "cda": "layout",
+        "selftrain": "st",
+    }.get(name, "adv")
     method = METHODS[name]
 
     def spoilt(G, D, batch, phase, hyper, *state):

@@ -29,7 +29,17 @@ from weights import load_generator
 
 # A file imports only files that stand before it.
 ORDER = (
-    *("losses", "clan", "models", "baselines", "alignment", "methods", "classes", "streets"),
+    *(
+        "losses",
+        "clan",
+        "models",
+        "baselines",
+        "alignment",
+        "selftrain",
+        "methods",
+        "classes",
+        "streets",
+    ),
     *(
         "folders",
         "data",

@@ -1,0 +1,266 @@
+"""A second stage after adaptation: a slow copy of G labels the target's images, and G learns them.
+
+    python train.py --method selftrain --init runs/RUN           # from any run, D is not read
+    python train.py --method tan --selftrain-start 1600          # both, one after the other
+
+This is not in the paper. The teacher is the exponential moving average of G, the student. It sees
+the whole, unchanged image of the target; the student sees it with other colours, with objects of
+the source pasted in, or with parts hidden. Each label counts as much as it is trusted: by the
+teacher's confidence, or by the agreement of its two heads, M (Section 3.2). The teacher at the last
+step is the result.
+
+Sources: mean teacher (Tarvainen and Valpola, 2017), class mix (Olsson et al., 2021), masked patches
+(MIC, Hoyer et al., 2023). All draws are from `generator`, or from torch's own, which train.py seeds
+for each step: they depend on (seed, step) alone.
+
+Shapes: B images, C classes, H W label grid.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from baselines import (
+    Images,
+    Logits,
+    State,
+    class_thresholds,
+    confidence_counts,
+    ensemble,
+    evaluating,
+    source_loss,
+    target_images,
+)
+from clan import Batch, Hyper, Phase, Terms, upsample
+from losses import discrepancy_map
+from models import Generator
+
+Trust = Literal["confidence", "m", "both", "constant"]
+
+
+@dataclass(frozen=True)
+class SelftrainHyper(Hyper):
+    """Of the second stage."""
+
+    teacher_momentum: float = 0.99  # share of the teacher that a step keeps; 0: it is the student
+    lambda_target: float = 1.0  # weight of the loss on the teacher's labels
+    trust: Trust = "confidence"  # what a label's weight is made from
+    trusted: float = 0.5  # share of each class's pixels in a batch that count, by confidence
+    threshold: float = 0.0  # confidence below which none counts; above 1 no label does
+    tau: float = 0.01  # the weight by M is exp(-M / tau)
+    trust_shuffled: bool = False  # for studies: the weights of each image, at random places
+    source_free: bool = False  # learn from the teacher's labels alone, not from the source
+    class_mix: bool = False  # paste half of the source's classes into the target's images
+    masked: float = 0.0  # share of the target's image that is hidden, in square patches
+    patches: int = 8  # patches from top to bottom
+    colours: float = 0.2  # largest change of the student's colours: gain, offset, saturation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("teacher_momentum", "trusted", "masked", "colours"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1]")
+        if self.tau <= 0 or self.patches < 1 or min(self.threshold, self.lambda_target) < 0:
+            raise ValueError(
+                "tau must be above 0, patches at least 1, threshold and lambda_target not negative"
+            )
+        if self.source_free and self.class_mix:
+            raise ValueError("class_mix pastes the source in, and source_free has none: drop one")
+
+
+# Labels and their weights.
+
+
+def trust_in(
+    p: Tensor, m: Tensor, trust: Trust, trusted: float, threshold: float, tau: float
+) -> Tensor:
+    """The weight of each pixel's label, B H W in [0, 1].
+
+    p: B C H W, the teacher's probabilities; the labels are their arg-max. m: B 1 H W, the
+    discrepancy of its heads.
+    confidence: 1 for the `trusted` share of each class's pixels that is surest and above
+        `threshold`, else 0. m: exp(-M / tau). both: their product. constant: 1.
+    The threshold holds for all of them.
+    """
+    confidence, labels = p.max(dim=1)
+    weight = (confidence > threshold).to(p)
+    if trust in ("confidence", "both"):
+        of_class = class_thresholds(confidence_counts(p), trusted, balanced=True).to(p)
+        weight = weight * (confidence >= of_class[labels])
+    if trust in ("m", "both"):
+        weight = weight * (-m[:, 0] / tau).exp()
+    return weight
+
+
+def shuffled(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Each image's weights, B H W, at random places."""
+    flat = weight.flatten(1)
+    order = torch.rand(flat.shape, generator=generator).argsort(dim=1).to(weight.device)
+    return flat.gather(1, order).view_as(weight)
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """sum w CE / sum w over the labelled pixels. A constant weight has no effect, but for 0.
+
+    logits: B C H W. labels: B H W integers, 255 = none. weight: B H W, not negative.
+    Returns a scalar in nats; 0, with a zero gradient, if no labelled pixel has a weight.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    each = torch.nn.functional.cross_entropy(
+        logits.to(dtype), labels.long(), ignore_index=255, reduction="none"
+    )
+    weight = weight.to(dtype) * (labels != 255)
+    total = weight.sum()
+    return (weight * each).sum() / total.where(total > 0, 1)
+
+
+# What the student sees. Each is a function of its arguments and of the draws.
+
+
+def mix_classes(
+    images: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    source: Tensor,
+    source_labels: Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and weights with half of the classes of a source image pasted in.
+
+    images: B 3 H W of the target. labels, weight: B H W, the teacher's. source, source_labels: the
+    same shapes; what comes from the source has weight 1. Unlabelled source pixels stay out.
+    """
+    grids = {tuple(x.shape[-2:]) for x in (images, labels, source, source_labels)}
+    if len(grids) > 1:
+        raise ValueError(
+            f"class mix needs images and labels of one size, not {' and '.join(map(str, grids))}: "
+            "give equal --src-size and --tgt-size and no other --scales than 1, or --no-class-mix"
+        )
+    pasted = torch.zeros_like(labels, dtype=torch.bool)
+    for i, ids in enumerate(source_labels):
+        classes = ids[ids != 255].unique()
+        order = torch.randperm(len(classes), generator=generator).to(classes.device)
+        chosen = classes[order[: (len(classes) + 1) // 2]]
+        pasted[i] = torch.isin(ids, chosen)
+    return (
+        source.where(pasted[:, None], images),
+        source_labels.to(labels).where(pasted, labels),
+        weight.masked_fill(pasted, 1.0),
+    )
+
+
+def hide_patches(
+    images: Tensor, share: float, patches: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Images B 3 H W in which about `share` of the square patches have the image's mean colour."""
+    height, width = images.shape[-2:]
+    side = max(1, round(height / patches))
+    rows, columns = -(-height // side), -(-width // side)
+    hidden = torch.rand(len(images), 1, rows, columns, generator=generator) < share
+    hidden = hidden.repeat_interleave(side, 2).repeat_interleave(side, 3)[..., :height, :width]
+    mean = images.float().mean(dim=(2, 3), keepdim=True).round().to(images)
+    return mean.where(hidden.to(images.device), images)
+
+
+def change_colours(
+    images: Tensor, strength: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """uint8 images B 3 H W with other colours.
+
+    Each channel of an image gets a gain and an offset of up to `strength` of the range. Its
+    saturation changes by up to twice as much.
+    """
+    if strength == 0:
+        return images
+
+    def draw(*shape: int) -> Tensor:  # in [-strength, strength]
+        x = torch.rand(len(images), *shape, 1, 1, generator=generator)
+        return strength * (2 * x - 1).to(images.device)
+
+    x = images.float()
+    grey = x.mean(dim=1, keepdim=True)
+    x = grey + (x - grey) * (1 + 2 * draw(1))
+    x = x * (1 + draw(3)) + 255 * draw(3)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+# The teacher.
+
+TEACHER = "teacher."  # before the name of each of its tensors in the state
+
+
+def first_teacher(G: Generator, hyper: Hyper) -> State:
+    """A copy of G. It is made anew when the stage begins."""
+    return {TEACHER + name: value.detach().clone() for name, value in G.state_dict().items()}
+
+
+def teacher_begins(step: int, G: Generator, images: Images, hyper: SelftrainHyper) -> State:
+    return first_teacher(G, hyper) if step == hyper.adv_start else {}
+
+
+@torch.no_grad()
+def next_teacher(state: State, G: Generator, terms: Terms, hyper: SelftrainHyper) -> State:
+    """momentum * teacher + (1 - momentum) * student, of weights and BatchNorm's statistics.
+
+    Until adaptation it stands still, since `teacher_begins` makes it anew.
+    """
+    if "st" not in terms:
+        return {}
+    found, keep = {}, hyper.teacher_momentum
+    for name, value in G.state_dict().items():
+        before = state[TEACHER + name]
+        mean = keep * before + (1 - keep) * value if value.is_floating_point() else value.clone()
+        found[TEACHER + name] = mean
+    return found
+
+
+def teacher_of(state: State) -> State:
+    """The teacher's weights, by the names of G's."""
+    return {k.removeprefix(TEACHER): v for k, v in state.items() if k.startswith(TEACHER)}
+
+
+# The step.
+
+
+def selftrain_step(
+    G: Generator, D: None, batch: Batch, phase: Phase, hyper: SelftrainHyper, state: State
+) -> tuple[Tensor, Terms, None]:
+    """Source only + lambda_target * weighted loss of the teacher's labels.
+
+    Both losses are Eq. 3's, of the ensemble or of each head, as seg_heads says.
+    """
+    loss, terms = torch.zeros((), device=batch.labels.device), Terms()
+    if not (phase.adversarial and hyper.source_free):
+        loss, terms = source_loss(G(batch.source), batch, phase, hyper)
+    if not phase.adversarial:
+        return loss, terms, None
+    images, size = target_images(batch), batch.target_size or batch.labels.shape[-2:]
+    with torch.no_grad(), evaluating(G):
+        logits = torch.func.functional_call(G, teacher_of(state), (images,))
+        p = ensemble(logits, size).softmax(dim=1)
+        m = discrepancy_map(*(upsample(x, size).softmax(dim=1) for x in logits))
+        labels = p.argmax(dim=1)
+        of_trust = hyper.trust, hyper.trusted, hyper.threshold, hyper.tau
+        weight = trust_in(p, m, *of_trust)
+        terms |= {"kept": weight.mean(), "m": m.mean()}
+        if hyper.trust_shuffled:
+            weight = shuffled(weight)
+        if hyper.class_mix:
+            mixed = images, labels, weight, batch.source, batch.labels
+            images, labels, weight = mix_classes(*mixed)
+        images = change_colours(images, hyper.colours)
+        images = hide_patches(images, hyper.masked, hyper.patches) if hyper.masked else images
+    l_target = target_loss(G(images), labels, weight, hyper)
+    terms["st"] = l_target.detach()
+    return loss + hyper.lambda_target * l_target, terms, None
+
+
+def target_loss(logits: Logits, labels: Tensor, weight: Tensor, hyper: Hyper) -> Tensor:
+    """`weighted_loss` of the ensemble or of each head, B C h w."""
+    size = labels.shape[-2:]
+    if hyper.seg_heads == "ensemble":
+        return weighted_loss(ensemble(logits, size), labels, weight)
+    loss_1, loss_2 = (weighted_loss(upsample(x, size), labels, weight) for x in logits)
+    return loss_1 + loss_2
