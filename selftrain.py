@@ -96,9 +96,9 @@ def trust_in(
 
 def shuffled(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Each image's weights, B H W, at random places."""
-    flat = weight.flatten(1)
-    order = torch.rand(flat.shape, generator=generator).argsort(dim=1).to(weight.device)
-    return flat.gather(1, order).view_as(weight)
+    values = weight.flatten(1)
+    order = torch.rand(values.shape, generator=generator).argsort(dim=1).to(weight.device)
+    return values.gather(1, order).view_as(weight)
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

@@ -392,6 +392,7 @@ def run_parser(description: str, flags: Flags | None = None) -> argparse.Argumen
         "--selftrain-start",
         type=int,
         metavar="N",
+        default=argparse.SUPPRESS,
         help="steps of the method; a second stage follows, as with --method selftrain --init RUN",
     )
     add_run_flags(parser, flags=flags)

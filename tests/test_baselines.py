@@ -284,6 +284,7 @@ LEARNS = {  # by method: the parts of G's step, of its later steps, and whether 
 def ready(name: str):
     """(G, D, batch, phase, hyper, state) of a method in adaptation."""
     small = {} if "d_channels" in METHODS[name].unused else {"d_channels": 4}
+    small |= {"colours": 0.0} if name == "selftrain" else {}  # no draws
     _, hyper = configure({"method": name} | small)
     torch.manual_seed(0)
     G, method = Generator("tiny", head_std=0.1), METHODS[name]
