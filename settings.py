@@ -453,18 +453,21 @@ def both_parts(flags: Flags) -> tuple[Flags | None, Flags]:
         raise ValueError("--selftrain-start N follows N > 0 steps of another --method: name that")
     if flags.get("steps", start + 1) <= start:
         raise ValueError(f"--steps counts both parts: give more than --selftrain-start {start}")
-    own, unused = own_fields("selftrain"), unused_fields("selftrain") | {"adv_start", "init"}
+    of_second, unused = own_fields("selftrain"), unused_fields("selftrain") | {"adv_start", "init"}
     second = {k: v for k, v in flags.items() if k not in unused}
-    second |= {"method": "selftrain", "lineage": configure(first_flags(flags, own))[0].lineage}
+    second |= {
+        "method": "selftrain",
+        "lineage": configure(first_flags(flags, of_second))[0].lineage,
+    }
     if "steps" in flags:
         second["steps"] = flags["steps"] - start
     out = configure(second | {"init": "first"})[0].folder
-    first = first_flags(flags, own) | {"steps": start, "out": out / "first"}
+    first = first_flags(flags, of_second) | {"steps": start, "out": out / "first"}
     return first, second | {"out": out, "init": str(out / "first" / name_of(start))}
 
 
-def first_flags(flags: Flags, own: set[str]) -> Flags:
-    return {k: v for k, v in flags.items() if k not in own}
+def first_flags(flags: Flags, of_second: set[str]) -> Flags:
+    return {k: v for k, v in flags.items() if k not in of_second}
 
 
 # Going on with a run.
