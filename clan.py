@@ -83,6 +83,7 @@ class Hyper:
     scale_probs: tuple[float, ...] = (1.0,)  # probability of each scale
     mirror: float = 0.0  # probability that image and label are mirrored (paper: not said)
     jitter: float = 0.0  # colour jitter of the source: largest change of gain and offset (ours)
+    fourier: float = 0.0  # frequency below which the source has the target's style (FDA)
 
     def __post_init__(self) -> None:
         if "check" in globals():  # defined at the end, where it also checks the recipes
@@ -394,11 +395,12 @@ def check(hyper: Hyper) -> None:
         hyper.momentum < 1 and hyper.beta1_d < 1 and hyper.beta2_d < 1,
         "momentum, beta1_d and beta2_d must be below 1",
     )
+    require(hyper.fourier <= 0.5, "fourier must be at most 0.5 cycles a pixel")
     for name in ("adaptive_start", "warmup", "mirror", "jitter"):
         require(0 <= getattr(hyper, name) <= 1, f"{name} must lie in [0, 1]")
     rates = ("lr_g", "lr_d", "head_lr", "weight_decay_g", "weight_decay_d", "power")
     shares = ("momentum", "beta1_d", "beta2_d", "gamma")
-    others = ("lambda_adv", "lambda_local", "lambda_weight", "eps", "head_std")
+    others = ("lambda_adv", "lambda_local", "lambda_weight", "eps", "head_std", "fourier")
     for name in (*rates, *shares, *others):
         require(getattr(hyper, name) >= 0, f"{name} must not be negative")
 

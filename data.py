@@ -33,6 +33,7 @@ from clan import Batch, Hyper
 from classes import CLASSES, IGNORE, SYNTHIA_ABSENT, TO_TRAIN_IDS, UNKNOWN
 from folders import files_of, find, read_classes
 from methods import uses_target
+from selftrain import fourier_style
 
 PHOTOGRAPH_MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr")
 # Photographs of a folder.
@@ -628,7 +629,18 @@ def jitter_colours(image: np.ndarray, strength: float, rng: np.random.Generator)
     return np.clip(image * (1 + gain) + 255 * offset, 0, 255).astype(np.uint8)
 
 
-def domain_batch(step, dataset, domain, hyper: Hyper, seed, rank, world, labels: bool):
+def in_style(image: np.ndarray, style: DataSet, n: int, seed: int, beta: float) -> np.ndarray:
+    """The n-th sample of the source, H W 3 uint8, in the style of one of the target's images."""
+    other = image_at(style, sample_index(n, len(style), seed, 2))
+    pair = (image, resize(other, image.shape[:2]))
+    source, target = (torch.from_numpy(x.astype(np.float32)).permute(2, 0, 1) for x in pair)
+    found = fourier_style(source, target, beta).round().clamp(0, 255)
+    return found.permute(1, 2, 0).byte().numpy()
+
+
+def domain_batch(
+    step, dataset, domain, hyper: Hyper, seed, rank, world, labels: bool, style: DataSet | None
+):
     """Images (and labels) of one domain for one step. One scale, so that they can be stacked."""
     rng = np.random.default_rng([seed, domain, step, rank])
     scale = rng.choice(hyper.scales, p=hyper.scale_probs)
@@ -645,23 +657,35 @@ def domain_batch(step, dataset, domain, hyper: Hyper, seed, rank, world, labels:
             label = label_at(dataset, i)
             check_pair(dataset, i, image, label)
             targets.append(augment(label, dataset.size, 1.0, box, mirror))
+            if style:
+                images[-1] = in_style(images[-1], style, n, seed, hyper.fourier)
             images[-1] = jitter_colours(images[-1], hyper.jitter, rng)
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # B 3 H' W', channels last
     return stacked, torch.from_numpy(np.stack(targets)) if labels else None, tuple(crop)
 
 
 def batch_at(
-    step: int, source: DataSet, target: DataSet | None, hyper: Hyper, *, seed=0, rank=0, world=1
+    step: int,
+    source: DataSet,
+    target: DataSet | None,
+    hyper: Hyper,
+    *,
+    seed=0,
+    rank=0,
+    world=1,
+    style: DataSet | None = None,
 ) -> Batch:
     """The batch of one step: uint8 images of both, uint8 labels of the source alone.
 
-    target None: a step on the source alone.
+    target None: a step on the source alone. style: whose style the source gets (hyper.fourier).
     rank and world: number of this process, and of how many. Their samples are disjoint.
     """
-    images, labels, _ = domain_batch(step, source, 0, hyper, seed, rank, world, labels=True)
+    place = (seed, rank, world)
+    images, labels, _ = domain_batch(step, source, 0, hyper, *place, labels=True, style=style)
     if target is None:
         return Batch(images, labels, None, None)
-    t_images, _, t_size = domain_batch(step, target, 1, hyper, seed, rank, world, labels=False)
+    found = domain_batch(step, target, 1, hyper, *place, labels=False, style=None)
+    t_images, _, t_size = found
     return Batch(images, labels, t_images, t_size)
 
 
@@ -700,7 +724,9 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> Batch | ValueError:
         target = self.target if uses_target(step, self.hyper) else None
-        return or_error(batch_at, step, self.source, target, self.hyper, **self.place)
+        style = self.target if self.hyper.fourier else None
+        how = self.place | {"style": style}
+        return or_error(batch_at, step, self.source, target, self.hyper, **how)
 
 
 class Pairs(torch.utils.data.Dataset):

@@ -2,6 +2,7 @@
 
     python train.py --method selftrain --init runs/RUN           # from any run, D is not read
     python train.py --method tan --selftrain-start 1600          # both, one after the other
+    python train.py --fourier 0.02                               # FDA, with any method
 
 This is not in the paper. The teacher is the exponential moving average of G, the student. It sees
 the whole, unchanged image of the target; the student sees it with other colours, with objects of
@@ -184,6 +185,31 @@ def change_colours(
     x = grey + (x - grey) * (1 + 2 * draw(1))
     x = x * (1 + draw(3)) + 255 * draw(3)
     return x.round().clamp(0, 255).to(torch.uint8)
+
+
+# FDA (Yang and Soatto, CVPR 2020): the style of a target's image for one of the source, before
+# anything is learnt. --fourier.
+
+
+def fourier_style(source: Tensor, target: Tensor, beta: float) -> Tensor:
+    """The source's image with the target's amplitudes at all frequencies below beta.
+
+    source, target: ... H W of one size, floats in any range. beta: in cycles a pixel, compared with
+    the vertical and with the horizontal frequency; 0 changes nothing, above 0.5 all amplitudes are
+    the target's. Phases stay the source's. Returns the shape of `source`; its values may leave the
+    range. (The authors' code has a square band, floor(beta * min(H, W)) wide on each side.)
+    Raises ValueError if the two differ in shape.
+    """
+    if source.shape != target.shape:
+        raise ValueError(
+            f"the images differ in shape: {tuple(source.shape)}, {tuple(target.shape)}"
+        )
+    height, width = source.shape[-2:]
+    rows, columns = (torch.fft.fftfreq(n, device=source.device).abs() for n in (height, width))
+    low = (rows[:, None] < beta) & (columns < beta)  # H W
+    of_source, of_target = torch.fft.fft2(source), torch.fft.fft2(target)
+    amplitude = of_target.abs().where(low, of_source.abs())
+    return torch.fft.ifft2(torch.polar(amplitude, of_source.angle())).real
 
 
 # The teacher.

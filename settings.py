@@ -454,20 +454,14 @@ def both_parts(flags: Flags) -> tuple[Flags | None, Flags]:
     if flags.get("steps", start + 1) <= start:
         raise ValueError(f"--steps counts both parts: give more than --selftrain-start {start}")
     of_second, unused = own_fields("selftrain"), unused_fields("selftrain") | {"adv_start", "init"}
-    second = {k: v for k, v in flags.items() if k not in unused}
-    second |= {
-        "method": "selftrain",
-        "lineage": configure(first_flags(flags, of_second))[0].lineage,
-    }
+    first = {k: v for k, v in flags.items() if k not in of_second} | {"steps": start}
+    second = {k: v for k, v in flags.items() if k not in unused} | {"method": "selftrain"}
+    second["lineage"] = configure(first)[0].lineage
     if "steps" in flags:
         second["steps"] = flags["steps"] - start
     out = configure(second | {"init": "first"})[0].folder
-    first = first_flags(flags, of_second) | {"steps": start, "out": out / "first"}
+    first["out"] = out / "first"
     return first, second | {"out": out, "init": str(out / "first" / name_of(start))}
-
-
-def first_flags(flags: Flags, of_second: set[str]) -> Flags:
-    return {k: v for k, v in flags.items() if k not in of_second}
 
 
 # Going on with a run.

@@ -25,6 +25,7 @@ from helpers import (
 from torch.autograd import gradcheck
 
 import clan
+import data
 import eval as evaluation
 import selftrain
 import train
@@ -411,3 +412,48 @@ def test_selftrain_another_backbone_and_other_classes_are_refused_by_name(first,
         *start, *flags, "--backbone", "tiny"
     )
     assert "holds no checkpoint" in run_error(*STAGE, "--init", str(tmp_path / "none"))
+
+
+# FDA.
+
+
+def photographs(seed: int, h=12, w=20) -> torch.Tensor:
+    return torch.rand(3, h, w, dtype=torch.float64, generator=seeded(seed))
+
+
+def test_selftrain_fourier_style_of_nothing_and_of_an_equal_image_changes_nothing():
+    source, target = photographs(0), photographs(1)
+    torch.testing.assert_close(selftrain.fourier_style(source, target, 0.0), source)
+    torch.testing.assert_close(selftrain.fourier_style(source, source, 0.2), source)
+
+
+@pytest.mark.parametrize("beta", (0.01, 0.11, 0.3, 0.6))
+def test_selftrain_fourier_style_has_the_targets_amplitudes_below_beta_and_no_other(beta):
+    source, target = photographs(0), photographs(1)
+    found = torch.fft.fft2(selftrain.fourier_style(source, target, beta))
+    for k, j in np.ndindex(12, 20):
+        slow = max(min(k, 12 - k) / 12, min(j, 20 - j) / 20) < beta
+        wanted = torch.fft.fft2(target if slow else source)[:, k, j].abs()
+        torch.testing.assert_close(found[:, k, j].abs(), wanted)
+    a, b = found[:, 1:6, 1:10].angle(), torch.fft.fft2(source)[:, 1:6, 1:10].angle()
+    torch.testing.assert_close((a - b).cos(), torch.ones_like(a))
+    if beta == 0.01:  # the mean alone
+        mean = target.mean(dim=(1, 2), keepdim=True)
+        wanted = source - source.mean(dim=(1, 2), keepdim=True) + mean
+        torch.testing.assert_close(selftrain.fourier_style(source, target, beta), wanted)
+
+
+def test_selftrain_fourier_style_of_two_sizes_is_refused():
+    with pytest.raises(ValueError, match="differ in shape"):
+        selftrain.fourier_style(photographs(0), photographs(1, h=10), 0.1)
+
+
+def test_selftrain_fourier_changes_the_sources_images_by_seed_and_step_alone(scenes):
+    source, target = (data.open_dataset("streets", role, "train") for role in ("source", "target"))
+    _, hyper = configure({"method": "source", "fourier": 0.03})
+    steps = data.Steps(source, target, hyper, seed=0)
+    plain = data.Steps(source, target, replace(hyper, fourier=0.0), seed=0)
+    assert torch.equal(steps[5].source, steps[5].source) and steps[5].target is None
+    assert torch.equal(steps[5].labels, plain[5].labels)
+    assert not torch.equal(steps[5].source, plain[5].source)
+    assert "fourier must be at most 0.5" in run_error("--fourier", "0.7")
