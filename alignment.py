@@ -82,6 +82,17 @@ def heads(G: Generator, features: Any) -> tuple[Tensor, Tensor]:
     return G.C1(features), G.C2(features)
 
 
+def not_begun(G: Generator, hyper: Hyper) -> State:
+    """Of a method, a part of whose losses counts from a share of the adaptation on: not yet."""
+    return {"begun": torch.zeros(())}
+
+
+def begins(step: int, G: Generator, images: Images, hyper: Any, share: str) -> State:
+    """Whether that part counts in this step, 1 or 0. share: the name of the number that says it."""
+    begun = step >= hyper.adv_start and clan.progress(step, hyper) >= getattr(hyper, share)
+    return {"begun": torch.tensor(float(begun))}
+
+
 def pixel_d_step(D: nn.Module, predictions: Predictions) -> tuple[Tensor, Terms]:
     """The mean of D's cross-entropy over cells, of both domains; `d_acc`: how often it is right."""
     d_source, d_target = D(predictions.source), D(predictions.target)
@@ -368,7 +379,7 @@ def cross_city_step(
         target_cells = cell_means(p, d_target.shape[-2:])
     l_class = class_domain_loss(d_source[:, 1:], source_cells, is_source=False)
     l_class = l_class + class_domain_loss(d_target[:, 1:], target_cells, is_source=True)
-    begun = state["class_begun"].to(l_class)
+    begun = state["begun"].to(l_class)
     loss = loss + hyper.lambda_adv * l_adv + hyper.lambda_class * begun * l_class
     terms |= {"adv": l_adv.detach(), "class": l_class.detach()}
     seen = last(f_source).detach(), last(f_target).detach(), source_cells, target_cells
@@ -389,16 +400,6 @@ def cross_city_d_step(D: PixelD, predictions: CellPredictions) -> tuple[Tensor, 
     }
 
 
-def first_class_begun(G: Generator, hyper: Hyper) -> State:
-    return {"class_begun": torch.zeros(())}
-
-
-def class_begins(step: int, G: Generator, images: Images, hyper: CrossCityHyper) -> State:
-    """From class_start on the class-wise losses count."""
-    begun = clan.progress(step, hyper) >= hyper.class_start and step >= hyper.adv_start
-    return {"class_begun": torch.tensor(float(begun))}
-
-
 # CDA, curriculum domain adaptation (Zhang et al., ICCV 2017): easy tasks first. How often each
 # class occurs in an image, and what the surest cells show, guide the pixels. Equations: the paper;
 # numbers and the loss of landmarks: the authors' code.
@@ -412,11 +413,12 @@ class CdaHyper(Hyper):
     lambda_landmark: float = 1.0  # weight of the landmarks' cross-entropy (its code: 1)
     sharpness: float = 5.0  # exponent of the soft histogram (its code: 5)
     landmarks: float = 0.6  # share of an image's cells that are landmarks (paper: 0.6)
+    easy_start: float = 0.2  # share of the adaptation in which the easy tasks learn alone (ours)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.landmarks <= 1 or self.sharpness <= 0:
-            raise ValueError("0 < landmarks <= 1, and sharpness must be above 0")
+        if not 0 < self.landmarks <= 1 or self.sharpness <= 0 or not 0 <= self.easy_start <= 1:
+            raise ValueError("0 < landmarks <= 1, 0 <= easy_start <= 1, and sharpness above 0")
 
 
 CDA_TUNED: Axes = (
@@ -487,12 +489,13 @@ def landmark_labels(cells: Tensor, share: float, size: tuple[int, int] | torch.S
 
 
 def cda_step(
-    G: Generator, easy: EasyTasks, batch: Batch, phase: Phase, hyper: CdaHyper
+    G: Generator, easy: EasyTasks, batch: Batch, phase: Phase, hyper: CdaHyper, state: State
 ) -> tuple[Tensor, Terms, EasyPredictions | None]:
     """Source only + lambda_layout * label distribution + lambda_landmark * CE of landmarks.
 
-    Differs: the easy tasks are linear layers on E's own features, learnt with G, where the original
-    has other networks, learnt before; cells of a grid, not superpixels; no balance of classes.
+    Differs: the easy tasks are linear layers on E's own features. They learn alone at first and
+    then with G, where the original has other networks, learnt before; cells of a grid, not
+    superpixels; no balance of classes.
     """
     f_source = G.features(batch.source)
     loss, terms = source_loss(heads(G, f_source), batch, phase, hyper)
@@ -507,7 +510,8 @@ def cda_step(
     l_layout = label_distribution_loss(logits.softmax(dim=1), wanted, hyper.sharpness)
     l_landmark = segmentation_loss(logits, labels, gamma=hyper.gamma)
     terms |= {"layout": l_layout.detach(), "landmark": l_landmark.detach()}
-    loss = loss + hyper.lambda_layout * l_layout + hyper.lambda_landmark * l_landmark
+    guide = hyper.lambda_layout * l_layout + hyper.lambda_landmark * l_landmark
+    loss = loss + state["begun"].to(guide) * guide
     return loss, terms, EasyPredictions(last(f_source).detach(), batch.labels)
 
 

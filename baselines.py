@@ -240,29 +240,37 @@ def pseudo_labels(p: Tensor, thresholds: Tensor, ignore_index: int = 255) -> Ten
 
 
 BINS = 1000  # of confidence
+FINEST = 16.6  # -log of the least doubt, 1 - confidence, that float32 has
 
 
 def confidence_counts(p: Tensor) -> Tensor:
     """How many pixels of p, B C H W, are predicted as each class with a confidence in each bin.
 
-    Returns C BINS, float64. Bin k holds confidences from k / BINS on.
+    Returns C BINS, float64. Bin k holds the confidences from `least_of_bin(k)` on: each doubt is
+    1.7 % smaller than that of the bin before, since most confidences of a network are close to 1.
     """
     confidence, classes = p.max(dim=1)
-    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    doubt = -torch.log1p(-confidence.double())  # 0 to infinity
+    bins = (doubt * (BINS / FINEST)).clamp(max=BINS - 1).long()
     places = (classes * BINS + bins).flatten()
     return torch.bincount(places, minlength=p.shape[1] * BINS).view(-1, BINS).double()
 
 
+def least_of_bin(k: Tensor) -> Tensor:
+    """The confidence with which bin k begins."""
+    return -torch.expm1(-k.double() * (FINEST / BINS))
+
+
 def class_thresholds(counts: Tensor, portion: float, balanced: bool) -> Tensor:
     """The confidences, C, above which `portion` of the predicted pixels lie: of each class (CBST),
-    or of all (ST). From `confidence_counts`: exact to 1 / BINS. 1 for a class never predicted.
+    or of all (ST). From `confidence_counts`, so exact to a bin. 1 for a class never predicted.
     """
     if not balanced:
         counts = counts.sum(dim=0, keepdim=True).expand_as(counts)
     above = counts.flip(1).cumsum(dim=1).flip(1)  # C BINS: in this bin or a higher one
     total = counts.sum(dim=1, keepdim=True)
     enough = (above >= portion * total).sum(dim=1)  # this many lowest bins keep the portion
-    threshold = (enough - 1).clamp(min=1).double() / BINS
+    threshold = least_of_bin((enough - 1).clamp(min=1))
     return threshold.where(total[:, 0] > 0, 1.0).float()
 
 

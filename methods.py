@@ -138,8 +138,8 @@ METHODS = {
         g_step=alignment.cross_city_step,
         d_step=alignment.cross_city_d_step,
         build_d=alignment.cross_city_d,
-        first_state=alignment.first_class_begun,
-        before_step=alignment.class_begins,
+        first_state=alignment.not_begun,
+        before_step=partial(alignment.begins, share="class_start"),
         tuned=alignment.CROSS_CITY_TUNED,
     ),
     "cda": Method(
@@ -149,6 +149,8 @@ METHODS = {
         g_step=alignment.cda_step,
         d_step=alignment.easy_d_step,
         build_d=alignment.easy_tasks,
+        first_state=alignment.not_begun,
+        before_step=partial(alignment.begins, share="easy_start"),
         tuned=alignment.CDA_TUNED,
     ),
     "selftrain": Method(

@@ -134,6 +134,10 @@ OF_BACKBONE: dict[str, Flags] = {
 }
 
 
+# What a method changes in its backbone's numbers. CDA's easy tasks are linear layers in D's place,
+# and learn nothing at D's rate.
+OF_METHOD: dict[str, Flags] = {"cda": {"lr_d": 0.01}}
+
 # Of a second stage that goes on with another run (--method selftrain --init RUN).
 SECOND_STAGE: dict[str, Flags] = {
     "tiny": {"steps": 500, "adv_start": 0, "lr_g": 0.002},
@@ -237,6 +241,7 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
     settings = Settings(**of_settings)
 
     numbers = asdict(clan.RECIPES[settings.recipe]) | defaults(settings)
+    numbers |= OF_METHOD.get(flags.get("method", clan.Hyper.method), {})
     if flags.get("method") == "selftrain" and settings.init not in ("none", "imagenet"):
         numbers |= SECOND_STAGE.get(settings.backbone, {"adv_start": 0})
     numbers |= {k: v for k, v in flags.items() if k not in names}
