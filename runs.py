@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -81,9 +82,10 @@ class Study:
         unused = unused_fields(method) - D_SHAPE
         flags = {k: v for k, v in (self.flags | change).items() if k not in unused}
         usual, fields = all_fields(self.flags | {"method": method}), all_fields(flags)
-        changed = [k for k in sorted(change) if k in flags and k != "method"]
+        changed = [k for k in sorted(change) if k in flags and k not in FREE | {"method"}]
         changed = [k for k in changed if fields[k] != usual.get(k)]
-        parts = (f"{k}{fields[k]}".replace(" ", "") for k in changed)
+        shown = fields | {"init": name_of_init(fields["init"])}
+        parts = (f"{k}{shown[k]}".replace(" ", "") for k in changed)
         name = "-".join([method, *parts])
         adaptation = fields["steps"] - fields["adv_start"]
         flags.setdefault("log_every", max(1, min(50, adaptation // 50)))  # enough for means of M
@@ -113,7 +115,12 @@ def same_run(fields: dict) -> dict:
     kept = {k: v for k, v in fields.items() if k not in FREE | unused | {"seed"}}
     for side in ("src_dir", "tgt_dir"):
         kept[side] = fields[side] and Path(fields[side]).name
-    return kept
+    return kept | {"init": name_of_init(fields["init"])}
+
+
+def name_of_init(init: str) -> str:
+    """What --init is called where seeds and folders do not count: by a study's run, its row."""
+    return re.sub(r"-seed\d+$", "", Path(init).name)
 
 
 def key_of(settings: dict, seed: int) -> str:

@@ -51,7 +51,19 @@ ORDER = (
         "runlog",
         "export",
     ),
-    *("predictions", "eval", "train", "runs", "figures", "tuning", "control", "tables", "study"),
+    *(
+        "predictions",
+        "eval",
+        "train",
+        "runs",
+        "figures",
+        "tuning",
+        "control",
+        "tables",
+        "trust",
+        "second",
+        "study",
+    ),
     *("measure", "gpu", "bench"),
 )
 

@@ -34,6 +34,7 @@ import figures
 import study
 import tables
 import train
+import trust
 import tuning
 from classes import CLASSES, INFREQUENT
 from methods import METHODS
@@ -125,10 +126,10 @@ def test_study_auc_counts_pairs():
     for _ in range(20):
         scores, wrong = rng.integers(0, 5, 30) / 4, rng.random(30) < 0.4
         pairs = [(a > b) + (a == b) / 2 for a in scores[wrong] for b in scores[~wrong]]
-        assert study.auc(scores, wrong) == pytest.approx(np.mean(pairs))
-    assert math.isnan(study.auc(scores, np.zeros(30, bool)))
-    assert study.correlation(scores, 2 * scores + 1) == pytest.approx(1)
-    assert math.isnan(study.correlation(scores, np.ones(30)))
+        assert trust.auc(scores, wrong) == pytest.approx(np.mean(pairs))
+    assert math.isnan(trust.auc(scores, np.zeros(30, bool)))
+    assert trust.correlation(scores, 2 * scores + 1) == pytest.approx(1)
+    assert math.isnan(trust.correlation(scores, np.ones(30)))
 
 
 class Colours(nn.Module):
@@ -489,9 +490,9 @@ def test_study_everything_ends_with_all_tables_and_figures(scenes, tmp_path):
 
 def test_study_disagreement_has_no_shift_of_streets_on_photographs():
     s = study.parse(["disagreement", "--tgt", "folder", "--backbone", "lite0"])["disagreement"]
-    for change in study.head_settings(s).values():
+    for change in trust.head_settings(s).values():
         s.cells(**change)
-    assert study.head_settings(study.parse(["disagreement"])["disagreement"])["shift of look alone"]
+    assert trust.head_settings(study.parse(["disagreement"])["disagreement"])["shift of look alone"]
 
 
 def test_study_the_curve_starts_where_a_shared_warm_up_was_trained(scenes, tmp_path):
@@ -559,31 +560,31 @@ def test_study_calibration_error_by_hand():
     """80 right of 100 at confidence 0.9, and 30 of 100 at 0.3: (100 * 0.1 + 100 * 0) / 200."""
     confidence = np.repeat([0.9, 0.3], 100)
     right = np.concatenate([np.arange(100) < 80, np.arange(100) < 30])
-    assert study.calibration_error(confidence, right) == pytest.approx(0.05)
+    assert trust.calibration_error(confidence, right) == pytest.approx(0.05)
     rng = np.random.default_rng(0)
     confidence = rng.random(200_000)
     right = rng.random(200_000) < confidence
-    assert study.calibration_error(confidence, right) < 0.01, "calibrated by construction"
-    assert study.calibration_error(np.ones(10), np.ones(10, bool)) == 0
+    assert trust.calibration_error(confidence, right) < 0.01, "calibrated by construction"
+    assert trust.calibration_error(np.ones(10), np.ones(10, bool)) == 0
 
 
 # Figures that need no label.
 
 
 def test_study_entropy_is_that_of_the_shares():
-    assert study.entropy({"road": 0.5, "sky": 0.5}) == pytest.approx(math.log(2))
-    assert study.entropy([1.0, 0.0]) == 0.0 == study.entropy([0.0, 1.0])
+    assert trust.entropy({"road": 0.5, "sky": 0.5}) == pytest.approx(math.log(2))
+    assert trust.entropy([1.0, 0.0]) == 0.0 == trust.entropy([0.0, 1.0])
 
 
 def test_study_a_figure_that_ranks_as_miou_does_loses_nothing():
     group = [{"miou": m, "x": x} for m, x in ((0.3, 1.0), (0.4, 2.0), (0.5, 9.0))]
-    assert study.ranked([group, group], lambda r: r["x"]) == (pytest.approx(1), 0)
-    rank, loss = study.ranked([group], lambda r: -r["x"])
+    assert trust.ranked([group, group], lambda r: r["x"]) == (pytest.approx(1), 0)
+    rank, loss = trust.ranked([group], lambda r: -r["x"])
     assert (rank, loss) == (pytest.approx(-1), pytest.approx(20))
-    assert study.ranked([group, group[:2]], lambda r: r["x"])[0] == pytest.approx(1)
+    assert trust.ranked([group, group[:2]], lambda r: r["x"])[0] == pytest.approx(1)
     for nothing in ([group[:2]], [[]]):
-        assert math.isnan(study.ranked(nothing, lambda r: r["x"])[0])
-    assert math.isnan(study.ranked([group], lambda r: 1.0)[1])
+        assert math.isnan(trust.ranked(nothing, lambda r: r["x"])[0])
+    assert math.isnan(trust.ranked([group], lambda r: 1.0)[1])
 
 
 def recorded_line(seed: int, lambda_adv: float, miou: float, split: str = "val") -> dict:

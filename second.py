@@ -1,0 +1,315 @@
+"""The second stage: what it adds to what adaptation won, and whether M is a measure of trust.
+
+    python study.py trials --jobs 2     # on dev: one change at a time, from one run of TAN
+    python study.py signs --jobs 2      # M and confidence against wrong labels of the teacher
+    python study.py second --jobs 2     # starts, weights of the labels, controls
+
+Each stage goes on with a finished run (--method selftrain --init RUN), and takes as many steps as
+that run's adaptation. The result is the teacher of the last step.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import data
+from checkpoints import BEFORE, of_steps, read_metadata
+from control import MAIN
+from figures import device_of, load
+from models import Generator
+from runs import (
+    Study,
+    brackets,
+    mean_and_deviation,
+    miou,
+    points_apart,
+    run_groups,
+    save_figure,
+    spread,
+    t_interval,
+    write,
+)
+from selftrain import SelftrainHyper
+from settings import Flags, configure
+from train import open_all
+from trust import auc, m_and_errors
+from tuning import on_dev
+
+Cells = list[Flags]
+
+
+def stage_after(study: Study, first: Cells, **numbers) -> Cells:
+    """The second stages that go on with runs of a first, one a seed. numbers: what they change."""
+    _, hyper = configure(first[0])
+    rest = {k: v for k, v in study.flags.items() if k not in ("steps", "adv_start", "method")}
+    steps = hyper.steps - hyper.adv_start if hyper.method != "selftrain" else hyper.steps
+    of_stage = replace(study, flags=rest)
+    return [
+        of_stage.cell(
+            flags["seed"], method="selftrain", init=str(flags["out"]), steps=steps, **numbers
+        )
+        for flags in first
+    ]
+
+
+def first_runs(study: Study, changes: dict[str, Flags]) -> tuple[dict[str, Cells], dict]:
+    """(cells, results) of the runs that second stages begin with, made with their checkpoints."""
+    cells = {name: study.cells(**change) for name, change in changes.items()}
+    return cells, run_groups(study, cells, checkpoints=True)
+
+
+# What decides whether it keeps what was won. On dev, with tuning seeds.
+
+# One change each from the default of --method selftrain.
+CHANGES: dict[str, Flags] = {
+    "as it is": {},
+    "rate x 1/5": {"lr_g": 0.0004},
+    "rate x 5": {"lr_g": 0.01},
+    "teacher's momentum .9": {"teacher_momentum": 0.9},
+    "teacher's momentum .999": {"teacher_momentum": 0.999},
+    "every label counts": {"trust": "constant"},
+    "a fifth counts": {"trusted": 0.2},
+    "colours as they are": {"colours": 0.0},
+    "class mix": {"class_mix": True},
+    "half hidden": {"masked": 0.5},
+    "class mix, half hidden": {"class_mix": True, "masked": 0.5},
+}
+MOMENTS = (0, 100, 500)  # steps at which labels and network are measured
+
+
+def trials(study: Study) -> None:
+    """What makes the second stage keep or lose what TAN has won: one change at a time, on dev.
+
+    Labels: the teacher's accuracy where it is trusted, and the share that is, on the target's
+    training images, after some steps: they show whether labels go wrong first or the network.
+    """
+    study = on_dev(study)
+    cells, firsts = first_runs(study, {"TAN": MAIN["TAN"]})
+    kept: Flags = {"save_every": 100, "keep": 99}
+    stages = {k: stage_after(study, cells["TAN"], **kept, **v) for k, v in CHANGES.items()}
+    results = run_groups(study, stages, checkpoints=True)
+    rows = []
+    for name, group in results.items():
+        labels = labels_over_time(study, stages[name][0])
+        shown = [f"{100 * labels[s][0]:.1f} of {100 * labels[s][1]:.0f}" if s in labels else "-"
+                 for s in MOMENTS]  # fmt: skip
+        students = (r["student"]["miou"] for r in group)
+        gain = f"{np.mean(points_apart(group, firsts['TAN'])):+.1f}"
+        rows.append([name, mean_and_deviation(map(miou, group)), gain,
+                     mean_and_deviation(students), *shown])  # fmt: skip
+    header = ["change", f"mIoU on {configure(study.flags)[0].split}", "minus TAN", "student"]
+    header += [f"labels at step {s}" for s in MOMENTS]
+    note = (
+        "Target mIoU in % of the teacher and of the student after the second stage, tuning seeds: "
+        "for choosing, not reporting. Labels: % of the trusted ones that are right, of the % of "
+        "the pixels that are trusted; first seed."
+    )
+    write(study, f"trials-{study.task}", header, rows, note, results | firsts)
+
+
+def teachers(flags: Flags) -> dict[int, Path]:
+    """The checkpoints of a second stage by step, its start included."""
+    start = flags["out"] / BEFORE
+    found = {read_metadata(p)["step"]: p for p in of_steps(flags["out"])}
+    return ({0: start} if start.exists() else {}) | found
+
+
+def labelled_target(flags: Flags) -> tuple[data.DataSet, np.ndarray]:
+    """The target's images with labels, to judge the teacher's: for streets those it trains on."""
+    settings, _ = configure(flags)
+    source, _, val = open_all(settings)
+    if settings.tgt == "streets":
+        place = ("streets", "target", "train", None, val.size)
+        val = data.open_dataset(*place, shift=settings.shift, scenes=settings.scenes)
+    return val, data.shared_classes(source, val)[0]
+
+
+def labels_over_time(study: Study, flags: Flags) -> dict[int, tuple[float, float]]:
+    """By step: (accuracy of the trusted labels, their share of the pixels), by confidence."""
+    target, to_source_ids = labelled_target(flags)
+    hyper: Any = configure(flags)[1]
+    found = {}
+    for step, path in teachers(flags).items():
+        if step in MOMENTS:
+            G = load(path, device_of(study))
+            m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, min(study.images, 50))
+            weight = trusted(m, doubt, hyper)
+            found[step] = float(1 - wrong[weight > 0.5].mean()), float((weight > 0.5).mean())
+    return found
+
+
+def trusted(m: np.ndarray, doubt: np.ndarray, hyper: SelftrainHyper) -> np.ndarray:
+    """The weight of each label by hyper.trust, with one threshold of confidence for all classes."""
+    sure = doubt <= np.quantile(doubt, hyper.trusted)
+    of_m = np.exp(-m / hyper.tau)
+    by = {"constant": np.ones_like(m), "confidence": sure * 1.0, "m": of_m, "both": sure * of_m}
+    return by[hyper.trust] * (1 - doubt > hyper.threshold)
+
+
+# Is M a measure of trust?
+
+USELESS = 0.05  # a spread of exp(-M / tau) below this cannot matter
+
+
+def signs(study: Study) -> None:
+    """M and confidence against the wrong labels of the teacher, while the second stage goes on.
+
+    AUC: the chance that a wrong label has the larger M, or the smaller confidence. tau: with it the
+    mean of exp(-M / tau) is the share that is trusted by confidence. Eq. 4 on and off.
+    """
+    changes = {"TAN": MAIN["TAN"], "CLAN": {}, "CLAN without Eq. 4": {"lambda_weight": 0.0}}
+    cells, _ = first_runs(study, changes)
+    kept: Flags = {"save_every": 100, "keep": 99}
+    stages = {name: stage_after(study, group, **kept) for name, group in cells.items()}
+    results = run_groups(study, stages, checkpoints=True)
+    rows: list[list[str]] = []
+    curves: dict[str, dict[int, dict[str, float]]] = {}
+    for name, group in stages.items():
+        target, to_source_ids = labelled_target(group[0])
+        hyper: Any = configure(group[0])[1]
+        for step in sorted(set.intersection(*({*teachers(flags)} for flags in group))):
+            found = []
+            for flags in group:
+                G = load(teachers(flags)[step], device_of(study))
+                count = min(study.images, 50)
+                m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, count)
+                found.append(numbers_of_m(m, doubt, wrong, hyper.trusted))
+            means = {key: spread(x[key] for x in found)[0] for key in found[0]}
+            matters = "" if means["spread"] >= USELESS else "could not matter"
+            rows.append([name, str(step), *(f"{x:.3g}" for x in means.values()), matters])
+            curves.setdefault(name, {})[step] = means
+    header = ["start", "step", *means, ""]
+    note = (
+        "Labelled pixels of the target's training images, teacher's heads, means over seeds. "
+        f"Spread: standard deviation of exp(-M / tau); below {USELESS} its weight could not matter."
+    )
+    write(study, f"signs-{study.task}", header, rows, note, results)
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    ax = figure.subplots()
+    for i, (name, values) in enumerate(curves.items()):
+        for key, style in (("AUC of M", "-"), ("AUC of doubt", "--")):
+            ax.plot([*values], [x[key] for x in values.values()], f"C{i}{style}",
+                    label=f"{name}, {key.removeprefix('AUC of ')}")  # fmt: skip
+    ax.set(xlabel="step of the second stage", ylabel="AUC against wrong labels")
+    ax.legend(fontsize=8)
+    save_figure(study, figure, f"signs-{study.task}", [r for g in results.values() for r in g])
+
+
+def tau_for(m: np.ndarray, mean: float) -> float:
+    """The tau with which exp(-M / tau) has this mean, in (0, 1), by bisection."""
+    low, high = 1e-9, 1e3
+    for _ in range(80):
+        tau = (low * high) ** 0.5
+        low, high = (tau, high) if np.exp(-m / tau).mean() < mean else (low, tau)
+    return tau
+
+
+def numbers_of_m(m: np.ndarray, doubt: np.ndarray, wrong: np.ndarray, share: float) -> dict:
+    """What `signs` says of one network."""
+    tau = tau_for(m, share)
+    return {
+        "AUC of M": auc(m, wrong),
+        "AUC of doubt": auc(doubt, wrong),
+        "wrong": float(wrong.mean()),
+        "mean M": float(m.mean()),
+        "tau": tau,
+        "spread": float(np.exp(-m / tau).std()),
+    }
+
+
+# The results.
+
+FURTHER: dict[str, Flags] = {  # from TAN's runs
+    "by M": {"trust": "m"},
+    "by both": {"trust": "both"},
+    "constant": {"trust": "constant"},
+    "by confidence, shuffled": {"trust_shuffled": True},
+    "by confidence, source-free": {"source_free": True},
+}
+FDA = 0.02  # --fourier of the rows with it
+
+
+def second(study: Study) -> None:
+    """What the second stage adds: to each start, by the weight of its labels, without source.
+
+    A row has as many steps of the second stage as its start has of adaptation. One row has all of
+    them from the source-only start.
+    """
+    firsts, before = first_runs(study, MAIN)
+    stages = {f"{name}, by confidence": stage_after(study, c) for name, c in firsts.items()}
+    stages |= {f"TAN, {k}": stage_after(study, firsts["TAN"], **v) for k, v in FURTHER.items()}
+    _, hyper = configure(firsts["TAN"][0])
+    twice = 2 * hyper.steps - hyper.adv_start
+    stages["source only, twice the steps"] = study.cells(method="selftrain", steps=twice)
+    results = run_groups(study, stages)
+    styled = {f"{name}, FDA": change | {"fourier": FDA} for name, change in MAIN.items()}
+    styled.pop("CLAN, FDA")
+    results |= run_groups(study, {k: study.cells(**v) for k, v in styled.items()})
+    rows = []
+    for name, group in (before | results).items():
+        start = next((before[x] for x in before if name.startswith(f"{x}, ")), None)
+        pairs = points_apart(group, start) if start else []
+        gain = f"{np.mean(pairs):+.1f}{brackets(t_interval(pairs))}" if start else ""
+        students = mean_and_deviation(r.get("student", {}).get("miou") for r in group)
+        rows.append([name, mean_and_deviation(map(miou, group)), gain, students])
+    header = ["start, weight of the labels", "mIoU", "minus its start", "student"]
+    note = (
+        "Target mIoU in %, mean ± deviation over seeds: of the teacher at the last step, and of "
+        "the student. The difference from the row that it starts from, paired by seed, with a 95 % "
+        "interval by Student's t."
+    )
+    write(study, f"second-{study.task}", header, rows, note, before | results)
+
+
+# How sure is sure?
+
+
+def reliability(
+    G: Generator, target: data.DataSet, to_source_ids: np.ndarray, count: int, bins: int = 10
+) -> dict[str, tuple[list[float], list[float]]]:
+    """By sign: (share of the pixels that is trusted more, accuracy in that tenth) of its tenths."""
+    m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, count)
+    found = {}
+    for name, values in (("confidence", doubt), ("M", m)):
+        order = np.argsort(values, kind="stable")
+        parts = np.array_split(~wrong[order], bins)
+        found[name] = [(i + 0.5) / bins for i in range(bins)], [float(x.mean()) for x in parts]
+    return found
+
+
+def reliable(study: Study) -> None:
+    """A figure: accuracy of the labels from the surest tenth to the last, by confidence and by M.
+
+    Before the second stage and after it, on TAN's first seed; and the share of each class that is
+    labelled before and after.
+    """
+    first = replace(study, seeds=study.seeds[:1])
+    cells, _ = first_runs(first, {"TAN": MAIN["TAN"]})
+    flags = stage_after(first, cells["TAN"], save_every=100, keep=99)
+    results = run_groups(first, {"TAN": flags}, checkpoints=True)
+    target, to_source_ids = labelled_target(flags[0])
+    paths = teachers(flags[0])
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shares = {}
+    for style, step in (("--", min(paths)), ("-", max(paths))):
+        G = load(paths[step], torch.device("cpu"))
+        when = "before" if step == min(paths) else "after"
+        found = reliability(G, target, to_source_ids, min(study.images, 50))
+        for color, (name, (x, y)) in zip(("C0", "C1"), found.items(), strict=True):
+            left.plot(x, y, color + style, label=f"{name}, {when}")
+        shares[when] = results["TAN"][0]["before" if when == "before" else "student"]["shares"]
+    left.set(xlabel="labels, the surest first", ylabel="accuracy in this tenth")
+    left.legend(fontsize=8)
+    names = [*shares["before"]]
+    for i, (when, values) in enumerate(shares.items()):
+        at = np.arange(len(names)) + 0.4 * i
+        right.bar(at, [100 * values[name] for name in names], 0.4, label=when)
+    right.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    right.set_ylabel("% of the pixels that get this label")
+    right.legend(fontsize=8)
+    save_figure(study, figure, f"reliable-{study.task}", results["TAN"])

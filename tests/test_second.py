@@ -1,0 +1,68 @@
+"""The studies of the second stage: whole, on tiny runs, and their numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import studied
+
+import second
+import study
+from runs import same_run
+from settings import configure
+
+TASK = "streets-streets-tiny"
+
+
+def table(folder, name: str) -> dict[str, list[str]]:
+    content = json.loads((folder / f"{name}-{TASK}.json").read_text())
+    return {row[0]: row[1:] for row in content["rows"]}
+
+
+def test_second_a_stage_goes_on_with_a_run_and_is_recorded_without_its_folder(tmp_path):
+    s = study.parse(["second", "--runs", str(tmp_path), "--seeds", "3,4"])["second"]
+    first = s.cells(method="tan", lambda_adv=0.5)
+    stages = second.stage_after(s, first, trust="m")
+    assert [cell["init"] for cell in stages] == [str(cell["out"]) for cell in first]
+    names = [cell["out"].name for cell in stages]
+    assert names == [f"selftrain-inittan-lambda_adv0.5-steps500-trustm-seed{i}" for i in (3, 4)]
+    settings, hyper = configure(stages[0])
+    assert (hyper.adv_start, hyper.steps, hyper.trust) == (0, 500, "m")
+    kept = same_run(json.loads(json.dumps(vars(settings) | vars(hyper), default=str)))
+    assert kept["init"] == "tan-lambda_adv0.5", "neither seed nor folder"
+
+
+def test_second_tau_gives_the_wanted_mean_weight():
+    m = np.random.default_rng(0).gamma(0.3, 0.02, 10_000)
+    for mean in (0.2, 0.5, 0.9):
+        assert np.exp(-m / second.tau_for(m, mean)).mean() == pytest.approx(mean, abs=1e-6)
+
+
+def test_second_trusted_labels_are_the_surest_share():
+    m, doubt = np.random.default_rng(0).uniform(size=(2, 1000))
+    for flags, share in (({}, 0.5), ({"trusted": 0.2}, 0.2), ({"trust": "constant"}, 1.0)):
+        hyper = configure({"method": "selftrain", "init": "x"} | flags)[1]
+        weight = second.trusted(m, doubt, hyper)
+        assert weight.mean() == pytest.approx(share, abs=1e-3)
+        if share < 1:
+            assert doubt[weight > 0].max() < doubt[weight == 0].min()
+
+
+@pytest.mark.slow
+def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(second, "MOMENTS", (0, 2))
+    few = {k: second.CHANGES[k] for k in ("as it is", "every label counts", "class mix")}
+    monkeypatch.setattr(second, "CHANGES", few)
+    studied("trials", tmp_path, "--seeds", "10")
+    rows = table(tmp_path, "trials")
+    assert list(rows) == list(few) and rows["every label counts"][3].endswith("of 100")
+    studied("signs", tmp_path / "val", "--seeds", "0")
+    rows = json.loads((tmp_path / "val" / f"signs-{TASK}.json").read_text())["rows"]
+    assert [row[:2] for row in rows if row[0] == "TAN"] == [["TAN", "0"], ["TAN", "2"]]
+    studied("second", tmp_path / "val", "--seeds", "0,1")
+    rows = table(tmp_path / "val", "second")
+    assert len(rows) == 3 + 3 + len(second.FURTHER) + 1 + 2
+    assert rows["TAN"][1] == "" and rows["TAN, FDA"][1] and rows["TAN, by M"][1]
+    assert rows["CLAN, by confidence"][2] and not rows["CLAN"][2].strip("-")
+    studied("reliable", tmp_path / "val", "--seeds", "0")
+    assert (tmp_path / "val" / f"reliable-{TASK}.png").exists()
