@@ -61,7 +61,9 @@ class Claim(NamedTuple):
 
 SCALED = "TAN, lambda_adv times CLAN's mean weight"
 BATCHNORM = "BatchNorm alone"
+TAN_BOTH, CLAN_BOTH = (f"{name}, BatchNorm of both domains" for name in ("TAN", "CLAN"))
 PLACED, SHUFFLED, DOUBT = "M, mean 1", "M shuffled, mean 1", "1 - confidence, mean 1"
+INVERTED, MOVED = "M inverted, mean 1", "M moved, mean 1"
 EVEN = "Eq. 4, every weight 1"
 PLACE = Claim("(iii) the place of M's weight", PLACED, SHUFFLED)
 CLAIMS = (
@@ -70,6 +72,14 @@ CLAIMS = (
     PLACE,
     Claim("(iv) M, or 1 - confidence", PLACED, DOUBT),
     Claim("(v) Eq. 4 alone", EVEN, "TAN"),
+)
+# Between the variants, on the first FEW seeds. Only what the control is built for is a claim.
+FURTHER = (
+    Claim("M, or its reverse", PLACED, INVERTED),
+    Claim("M, or M at other places", PLACED, MOVED),
+    Claim("BatchNorm alone, or an adversary", BATCHNORM, "TAN"),
+    Claim("an adversary on top of BatchNorm", TAN_BOTH, BATCHNORM),
+    Claim("M on top of both", CLAN_BOTH, TAN_BOTH),
 )
 # Rows of the control, and what each changes in CLAN. SCALED follows from CLAN's own runs.
 MAIN: dict[str, Flags] = {"source only": {"method": "source"}, "TAN": {"method": "tan"}, "CLAN": {}}
@@ -91,13 +101,13 @@ def variants(study: Study) -> dict[str, Flags]:
     settings, hyper = configure(study.flags)
     recipe = "released" if settings.recipe == "paper" else "paper"
     return SHARED | {
-        "M inverted, mean 1": {"m_mean1": True, "m_control": "inverted"},
-        "M moved, mean 1": {"m_mean1": True, "m_control": "moved"},
+        INVERTED: {"m_mean1": True, "m_control": "inverted"},
+        MOVED: {"m_mean1": True, "m_control": "moved"},
         "Eq. 5, no Eq. 4": {"lambda_weight": 0.0},
         GRADIENT[not hyper.detach_m]: {"detach_m": not hyper.detach_m},
         f"recipe {recipe}": {"recipe": recipe},
-        "TAN, BatchNorm of both domains": BOTH_DOMAINS | {"method": "tan"},
-        "CLAN, BatchNorm of both domains": BOTH_DOMAINS,
+        TAN_BOTH: BOTH_DOMAINS | {"method": "tan"},
+        CLAN_BOTH: BOTH_DOMAINS,
     }
 
 
@@ -118,7 +128,9 @@ def control(study: Study) -> None:
     results = claimed_runs(study, shift)
     write_claims(study, regime, [compared(study, claim, results, shift) for claim in CLAIMS])
     further = {name: few.cells(**shift, **change) for name, change in variants(study).items()}
-    write_rows(study, regime, results | run_groups(few, further))
+    results |= run_groups(few, further)
+    write_rows(study, regime, results)
+    write_claims(study, regime, of_rows(results, FURTHER), "further")
     if configure(study.flags)[0].tgt == "streets":  # other targets have no dev split
         negative_transfer(few, {name: results[name][:FEW] for name in WATCHED})
 
@@ -174,13 +186,17 @@ def compared(study: Study, claim: Claim, results: dict, shift: Flags) -> Compare
     return claim, row, other
 
 
-def of_rows(results: dict) -> list[Compared]:
-    """The claims for which both rows were run."""
-    claims = [claim for claim in CLAIMS if {claim.row, claim.other} <= results.keys()]
-    return [(claim, results[claim.row], results[claim.other]) for claim in claims]
+def of_rows(results: dict, claims: tuple[Claim, ...] = CLAIMS) -> list[Compared]:
+    """The claims for which both rows were run, on the seeds that both have."""
+    known = [claim for claim in claims if {claim.row, claim.other} <= results.keys()]
+    groups = [(claim, results[claim.row], results[claim.other]) for claim in known]
+    return [
+        (claim, of_seeds(a, min(a, b, key=len)), of_seeds(b, min(a, b, key=len)))
+        for claim, a, b in groups
+    ]
 
 
-def write_claims(study: Study, regime: str, found: list[Compared]) -> None:
+def write_claims(study: Study, regime: str, found: list[Compared], name: str = "claims") -> None:
     """Each claim: the difference in points, two intervals, and what could have been found."""
     rows: list[list] = []
     groups: dict = {}
@@ -203,7 +219,7 @@ def write_claims(study: Study, regime: str, found: list[Compared]) -> None:
         "itself: nothing is corrected for there being several. The settings are those that were "
         "chosen for look and layout."
     )
-    write(study, "-".join(["claims", study.task, *regime.split()]), header, rows, note, groups)
+    write(study, "-".join([name, study.task, *regime.split()]), header, rows, note, groups)
 
 
 def of_regime(regime: str) -> str:
