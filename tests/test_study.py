@@ -585,6 +585,7 @@ def test_study_a_figure_that_ranks_as_miou_does_loses_nothing():
     for nothing in ([group[:2]], [[]]):
         assert math.isnan(trust.ranked(nothing, lambda r: r["x"])[0])
     assert math.isnan(trust.ranked([group], lambda r: 1.0)[1])
+    assert math.isnan(trust.ranked([group * 3], lambda r: 1 - 0.0041)[0]), "its mean is rounded"
 
 
 def recorded_line(seed: int, lambda_adv: float, miou: float, split: str = "val") -> dict:
@@ -601,6 +602,8 @@ def test_study_ranking_reads_the_recorded_runs_and_trains_nothing(tmp_path):
     assert "fewer than three scored runs" in study_error("ranking", tmp_path, *flags[2:4])
     lines = [recorded_line(s, x, 0.3 + s / 10 + x / 20) for s in range(3) for x in (0.0, 1.0, 2.0)]
     lines.append(recorded_line(0, 9.0, 0.0, "dev"))
+    lines.append(recorded_line(0, 9.0, 0.9))
+    lines[-1]["settings"]["looks"] = "city"  # the bound
     path = tmp_path / f"{TASK}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     study.main(["ranking", *flags])
