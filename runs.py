@@ -57,7 +57,7 @@ class Study:
     jobs: int  # runs at a time
     images: int  # most images of each domain for measuring features
     curve_class: str  # the class whose cluster distance over training is drawn
-    numbers: int  # how many of a method's two numbers are chosen
+    numbers: int  # how many of a method's numbers are chosen, the first ones
     command: str
 
     @property

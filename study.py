@@ -52,7 +52,7 @@ from settings import Flags, add_run_flags, configure, flag_of, less_memory
 from tables import COMPARED, table_1_and_2
 from train import NOT_BEGUN
 from trust import calibration, disagreement, ranking
-from tuning import TUNING_SEEDS, sweep, tune
+from tuning import AXES, TUNING_SEEDS, sweep, tune
 
 # Photographs as the target.
 
@@ -143,7 +143,7 @@ COMMANDS = {
     "disagreement": Command(disagreement, {"images"}, (0, 1)),
     "control": Command(control, set(), SEEDS),
     "instrument": Command(instrument, {"images"}, TUNING_SEEDS),
-    "sweep": Command(sweep, set(), TUNING_SEEDS),
+    "sweep": Command(sweep, {"numbers"}, TUNING_SEEDS),
     "tune": Command(tune, {"methods", "numbers"}, TUNING_SEEDS[:2]),
     "ranking": Command(ranking, set()),
     "calibration": Command(calibration, {"methods", "images"}, (0,)),
@@ -203,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--images", type=count_of, help="of each domain to measure features on [1000]")
     top.add_argument("--class", dest="curve_class", help="whose curve ccd draws [wall]")
-    top.add_argument("--numbers", type=int, choices=(1, 2), help="of a method, for tune [2]")
+    top.add_argument("--numbers", type=count_of, help="of a method, for sweep and tune [all]")
     add_run_flags(top, without=SET_HERE)
     return top
 
@@ -231,7 +231,7 @@ def parse(argv: list[str]) -> dict[str, Study]:
     usual = runs == Path("runs") / "study" and "runs" not in of_study
     runs = of_study.pop("runs", runs)
     results = Path("results") if usual else runs / "results"  # trials of one's own go elsewhere
-    defaults: Flags = {"methods": COMPARED, "jobs": 1, "curve_class": "wall", "numbers": 2}
+    defaults: Flags = {"methods": COMPARED, "jobs": 1, "curve_class": "wall", "numbers": len(AXES)}
     defaults |= {"seeds": (), "to": runs, "images": images, "results": results}
     command = shlex.join(["python", "study.py", *argv])
     study = Study(flags=flags, runs=runs, command=command, **defaults | of_study)

@@ -29,8 +29,8 @@ AXES: tuple[tuple[str, float | tuple[int, ...]], ...] = (
     ("length", (250, 500, 750)),
     ("lambda_adv", 2.0),
 )
-START = {"lambda_adv": 0.05, "lr_d": 1e-4, "length": 500}
 LONGEST = 1000  # steps of adaptation: the first command should take minutes
+NO_CURVES: Flags = {"eval_every": 0}  # of trials
 Values = dict[str, float]  # of a trial, by field; length: steps of adaptation
 
 
@@ -50,7 +50,7 @@ class Trials:
         change = {k: v for k, v in (self.fixed | values).items() if k not in unused}
         if "length" in change:
             change["steps"] = hyper.adv_start + int(change.pop("length"))
-        return change | {"method": method, "eval_every": 0}  # no curves of trials
+        return change | {"method": method} | NO_CURVES
 
     def run(self, wanted: list[tuple[str, Values]]) -> None:
         """Make the trials that are missing. Raises ValueError if they would be too many."""
@@ -76,6 +76,7 @@ def sweep(study: Study) -> None:
     First one loss or two for the heads, by source only on the source's dev split; then the
     lambda_local with which CLAN's mean weight is 1 when adaptation starts. Then TAN and CLAN, one
     number after the other, over the same values; a best value at an edge is followed outwards.
+    --numbers 1 chooses lambda_adv alone.
     """
     settings, _ = configure(study.flags)
     study = on_dev(study)
@@ -88,8 +89,8 @@ def sweep(study: Study) -> None:
         fixed["lambda_local"], m = slope_of_mean_1(study, fixed)
         notes.append(f"lambda_local: mean M is {m:.4f} when adaptation starts, so (1 - eps) / M.")
     trials = Trials(study, fixed)
-    best = {method: dict(START) for method in ("tan", "clan")}
-    for name, steps in AXES:
+    best = {method: first_values(study) for method in ("tan", "clan")}
+    for name, steps in AXES[: study.numbers]:
         best = descend(trials, best, name, steps)
     rows = []
     for (method, *values), group in trials.found.items():
@@ -97,10 +98,17 @@ def sweep(study: Study) -> None:
         shown = (f"{value:g}" for _, value in values)
         score = mean_and_deviation(map(miou, group))
         rows.append([METHODS[method].label, *shown, score, chosen])
-    header = ["method", *sorted(START), f"mIoU on {configure(study.flags)[0].split}", ""]
+    header = ["method", *sorted(best["tan"]), f"mIoU on {configure(study.flags)[0].split}", ""]
     notes.insert(0, "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting.")
     named = {", ".join(map(str, key)): group for key, group in trials.found.items()}
     write(study, f"sweep-{study.task}", header, rows, " ".join(notes), named)
+
+
+def first_values(study: Study) -> Values:
+    """Those of the first trial: the defaults."""
+    _, hyper = configure(study.flags)
+    length = float(hyper.steps - hyper.adv_start)
+    return {"lambda_adv": hyper.lambda_adv, "lr_d": hyper.lr_d, "length": length}
 
 
 def on_dev(study: Study) -> Study:
@@ -169,7 +177,7 @@ def tune(study: Study) -> None:
     trials = Trials(study, {}, most=100 * len(methods) * len(study.seeds))
     best: dict[str, Values] = {m: {} for m in methods}
     tried: dict[tuple[str, str], set[float]] = {}  # values by method and number
-    for place in range(study.numbers):
+    for place in range(min(study.numbers, 2)):
         names = {m: METHODS[m].tuned[place][0] for m in methods}
         for m, name in names.items():
             before, values = tried.get((m, name), set()), {*METHODS[m].tuned[place][1]}
@@ -240,16 +248,10 @@ def write_trials(study: Study, trials: Trials, best: dict[str, Values]) -> None:
     write(study, f"tune-{study.task}", header, rows, note, named)
 
 
-def at_start(study: Study) -> Flags:
-    """The number of steps of the first trials."""
-    _, hyper = configure(study.flags)
-    return {"steps": hyper.adv_start + int(START["length"]), "eval_every": 0}
-
-
 def chosen_heads(study: Study) -> tuple[str, str]:
     """ensemble or each: which source-only network is better on the source's dev split."""
     groups = {
-        heads: study.cells(method="source", seg_heads=heads, **at_start(study))
+        heads: study.cells(method="source", seg_heads=heads, **NO_CURVES)
         for heads in ("ensemble", "each")
     }
     run_groups(study, groups, checkpoints=True)
@@ -271,7 +273,7 @@ def source_score(flags: Flags) -> float:
 
 def slope_of_mean_1(study: Study, fixed: Flags) -> tuple[float, float]:
     """(lambda_local, mean M): with it, CLAN's mean weight is 1 when adaptation starts."""
-    cells = study.cells(method="clan", **fixed, **at_start(study))
+    cells = study.cells(method="clan", **fixed, **NO_CURVES)
     results = run_groups(study, {"clan": cells})["clan"]
     m = float(np.mean([result["before"]["m"] for result in results]))
     _, hyper = configure(study.flags)

@@ -679,7 +679,7 @@ def fake_runs(monkeypatch, score_of) -> list[tuple]:
 def searched(monkeypatch, score_of) -> tuple[dict, list[tuple]]:
     made = fake_runs(monkeypatch, score_of)
     trials = tuning.Trials(study.parse(["sweep"])["sweep"], {})
-    best = {method: dict(tuning.START) for method in ("tan", "clan")}
+    best = {method: tuning.first_values(trials.study) for method in ("tan", "clan")}
     for name, steps in tuning.AXES:
         best = tuning.descend(trials, best, name, steps)
     return best, made
@@ -712,7 +712,6 @@ def test_study_a_sweep_without_an_end_is_stopped(monkeypatch):
 @pytest.mark.slow
 def test_study_sweep_chooses_on_dev(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "AXES", (("length", (2, 4)),))
-    monkeypatch.setattr(tuning, "START", {"lambda_adv": 0.01, "lr_d": 1e-4, "length": 2})
     monkeypatch.setattr(tuning, "LONGEST", 4)
     monkeypatch.setattr(tuning, "MOST_RUNS", 40)
     studied("sweep", tmp_path, "--seeds", "10")
