@@ -22,7 +22,7 @@ from weights import load_generator
 
 TUNING_SEEDS = (10, 11, 12)  # settings are chosen on these and reported on others
 MOST_RUNS = 120  # a sweep that needs more is stopped, and says so
-# One after the other: the field, the factor from value to value or the values, its first value.
+# One after the other: the field, and the factor from value to value, or the values.
 AXES: tuple[tuple[str, float | tuple[int, ...]], ...] = (
     ("lambda_adv", 2.0),
     ("lr_d", 3.0),
