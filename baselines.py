@@ -240,25 +240,28 @@ def pseudo_labels(p: Tensor, thresholds: Tensor, ignore_index: int = 255) -> Ten
 
 
 BINS = 1000  # of confidence
-FINEST = 16.6  # -log of the least doubt, 1 - confidence, that float32 has
+LOWEST, HIGHEST = (
+    -7.0,
+    16.6,
+)  # log-odds of a confidence of 0.001, and of the closest to 1 in float32
 
 
 def confidence_counts(p: Tensor) -> Tensor:
     """How many pixels of p, B C H W, are predicted as each class with a confidence in each bin.
 
-    Returns C BINS, float64. Bin k holds the confidences from `least_of_bin(k)` on: each doubt is
-    1.7 % smaller than that of the bin before, since most confidences of a network are close to 1.
+    Returns C BINS, float64. Bin k holds the confidences from `least_of_bin(k)` on. Bins have one
+    width in log-odds, .024, since most confidences of a trained network are close to 1.
     """
     confidence, classes = p.max(dim=1)
-    doubt = -torch.log1p(-confidence.double())  # 0 to infinity
-    bins = (doubt * (BINS / FINEST)).clamp(max=BINS - 1).long()
+    place = (confidence.double().logit() - LOWEST) * (BINS / (HIGHEST - LOWEST))
+    bins = place.clamp(0, BINS - 1).long()
     places = (classes * BINS + bins).flatten()
     return torch.bincount(places, minlength=p.shape[1] * BINS).view(-1, BINS).double()
 
 
 def least_of_bin(k: Tensor) -> Tensor:
     """The confidence with which bin k begins."""
-    return -torch.expm1(-k.double() * (FINEST / BINS))
+    return (k.double() * ((HIGHEST - LOWEST) / BINS) + LOWEST).sigmoid()
 
 
 def class_thresholds(counts: Tensor, portion: float, balanced: bool) -> Tensor:

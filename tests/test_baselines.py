@@ -86,7 +86,7 @@ def test_baselines_thresholds_are_those_of_sorting_all_confidences(portion, bala
         values = confidence[classes == c] if balanced else confidence.flatten()
         ranked = values.sort(descending=True).values[math.ceil(portion * len(values)) - 1]
         assert found[c] <= ranked + 1e-7, "the bin of the last pixel that is kept"
-        assert (1 - ranked) > 0.98 * (1 - found[c]) - 1e-7 or portion == 1
+        assert ranked.logit() - found[c].double().logit() < 0.03 or portion == 1
     assert found[3] == 1 or not balanced
     labels = baselines.pseudo_labels(p.float(), found)
     if balanced and portion < 1:
@@ -451,7 +451,8 @@ def test_baselines_two_processes_count_the_confidences_of_both(tmp_path):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     a, b = (last_tensors(out)["state.thresholds"] for out in (one, two))
-    assert len(set(a.tolist())) > 2 and (a - b).abs().max() <= 0.02
+    apart = (a.logit() - b.logit()).nan_to_num().abs().max()  # of a class without pixels: 1 and 1
+    assert len(set(a.tolist())) > 2 and apart <= 0.05, "two bins"
 
 
 def error_of_bfloat16(name: str) -> float:
