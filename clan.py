@@ -83,7 +83,7 @@ class Hyper:
     scale_probs: tuple[float, ...] = (1.0,)  # probability of each scale
     mirror: float = 0.0  # probability that image and label are mirrored (paper: not said)
     jitter: float = 0.0  # colour jitter of the source: largest change of gain and offset (ours)
-    fourier: float = 0.0  # frequency below which the source has the target's style (FDA)
+    fourier: float = 0.0  # FDA: the source has the target's style below it, in cycles a pixel
 
     def __post_init__(self) -> None:
         if "check" in globals():  # defined at the end, where it also checks the recipes

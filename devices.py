@@ -215,6 +215,8 @@ def data_parallel(method: Method, G: nn.Module, D: nn.Module | None, hyper: Hype
     """
     if not in_group():
         return method
+    if method.result:
+        method = on_shared_buffers(method)
     if method.later_steps(hyper):
         return averaged_by_hand(method, G, D)
     wrap = torch.nn.parallel.DistributedDataParallel
@@ -225,6 +227,20 @@ def data_parallel(method: Method, G: nn.Module, D: nn.Module | None, hyper: Hype
         g_step=wrap(Step(method.g_step, trained), find_unused_parameters=more is not None),
         d_step=method.d_step if D is None else wrap(Step(method.d_step, D)),
     )
+
+
+def on_shared_buffers(method: Method) -> Method:
+    """The method, whose state is made from the same running statistics in all processes."""
+
+    def before_step(step: int, G: nn.Module, *rest: Any) -> Any:
+        share_buffers(G)
+        return method.before_step(step, G, *rest) if method.before_step else {}
+
+    def next_state(state: Any, G: nn.Module, *rest: Any) -> Any:
+        share_buffers(G)
+        return method.next_state(state, G, *rest) if method.next_state else {}
+
+    return replace(method, before_step=before_step, next_state=next_state)
 
 
 def averaged_by_hand(method: Method, G: nn.Module, D: nn.Module | None) -> Method:

@@ -163,6 +163,7 @@ METHODS = {
         before_step=selftrain.teacher_begins,
         next_state=selftrain.next_teacher,
         result=selftrain.teacher_of,
+        tuned=selftrain.SELFTRAIN_TUNED,
     ),
 }
 

@@ -14,6 +14,7 @@ its commit, and tables show it.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import multiprocessing
@@ -115,7 +116,16 @@ def same_run(fields: dict) -> dict:
     kept = {k: v for k, v in fields.items() if k not in FREE | unused | {"seed"}}
     for side in ("src_dir", "tgt_dir"):
         kept[side] = fields[side] and Path(fields[side]).name
-    return kept | {"init": name_of_init(fields["init"])}
+    return kept | {"init": start_of(fields["init"])}
+
+
+def start_of(init: str) -> str:
+    """Of --init what decides how a run goes on: for a run its name and a sum of its settings."""
+    found = last_checkpoint(Path(init)) if Path(init).is_dir() else None
+    if found is None:
+        return name_of_init(init)
+    settings = json.dumps(same_run(read_metadata(found)["settings"]), sort_keys=True)
+    return f"{name_of_init(init)}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
 def name_of_init(init: str) -> str:
@@ -214,7 +224,7 @@ def warm_up(flags: Flags) -> str:
     if not 0 < hyper.adv_start < hyper.steps:
         return str(settings.out)  # nothing to share
     unread = FREE | ADAPTATION_ONLY
-    if settings.looks == "city":  # the source is drawn with the shift as well
+    if settings.looks == "city" or hyper.fourier:  # the source depends on the shift as well
         unread = unread - {"shift"}
     fields = {k: v for k, v in all_fields(flags).items() if k not in unread}
     method = METHODS[hyper.method]
@@ -331,7 +341,7 @@ def mean_weight(flags: Flags) -> float | None:
     """The mean weight of Eq. 5 in a finished CLAN run, over pixels and logged steps."""
     _, hyper = configure(flags)
     lines = [line for line in metrics(flags["out"]) if "m" in line]
-    if not lines:
+    if not lines or "lambda_local" in METHODS[hyper.method].unused:
         return None
     if hyper.m_mean1:
         return 1.0

@@ -17,10 +17,13 @@ import torch
 from matplotlib.figure import Figure
 
 import data
-from checkpoints import BEFORE, of_steps, read_metadata
+import eval as evaluation
+from checkpoints import BEFORE, newest_checkpoint, of_steps, read_metadata
+from classes import IGNORE
 from control import MAIN
 from figures import device_of, load
 from models import Generator
+from predictions import ensemble_and_m
 from runs import (
     Study,
     brackets,
@@ -33,7 +36,7 @@ from runs import (
     t_interval,
     write,
 )
-from selftrain import SelftrainHyper
+from selftrain import SelftrainHyper, trust_in
 from settings import Flags, configure
 from train import open_all
 from trust import auc, m_and_errors
@@ -43,15 +46,17 @@ Cells = list[Flags]
 
 
 def stage_after(study: Study, first: Cells, **numbers) -> Cells:
-    """The second stages that go on with runs of a first, one a seed. numbers: what they change."""
+    """The second stages that go on with runs of a first, one a seed. numbers: what they change.
+
+    Each takes as many steps as adaptation did, and keeps five checkpoints.
+    """
     _, hyper = configure(first[0])
     rest = {k: v for k, v in study.flags.items() if k not in ("steps", "adv_start", "method")}
-    steps = hyper.steps - hyper.adv_start if hyper.method != "selftrain" else hyper.steps
+    length = hyper.steps - hyper.adv_start
+    change: Flags = {"steps": length, "save_every": max(1, length // 5), "keep": 99} | numbers
     of_stage = replace(study, flags=rest)
     return [
-        of_stage.cell(
-            flags["seed"], method="selftrain", init=str(flags["out"]), steps=steps, **numbers
-        )
+        of_stage.cell(flags["seed"], method="selftrain", init=str(flags["out"]), **change)
         for flags in first
     ]
 
@@ -78,7 +83,7 @@ CHANGES: dict[str, Flags] = {
     "half hidden": {"masked": 0.5},
     "class mix, half hidden": {"class_mix": True, "masked": 0.5},
 }
-MOMENTS = (0, 100, 500)  # steps at which labels and network are measured
+MOMENTS = (0.0, 0.2, 1.0)  # shares of the stage after which the labels are judged
 
 
 def trials(study: Study) -> None:
@@ -89,24 +94,23 @@ def trials(study: Study) -> None:
     """
     study = on_dev(study)
     cells, firsts = first_runs(study, {"TAN": MAIN["TAN"]})
-    kept: Flags = {"save_every": 100, "keep": 99}
-    stages = {k: stage_after(study, cells["TAN"], **kept, **v) for k, v in CHANGES.items()}
+    stages = {k: stage_after(study, cells["TAN"], **v) for k, v in CHANGES.items()}
     results = run_groups(study, stages, checkpoints=True)
     rows = []
     for name, group in results.items():
         labels = labels_over_time(study, stages[name][0])
-        shown = [f"{100 * labels[s][0]:.1f} of {100 * labels[s][1]:.0f}" if s in labels else "-"
-                 for s in MOMENTS]  # fmt: skip
+        shown = [f"{100 * right:.1f} of {100 * share:.0f}" for right, share in labels.values()]
         students = (r["student"]["miou"] for r in group)
         gain = f"{np.mean(points_apart(group, firsts['TAN'])):+.1f}"
         rows.append([name, mean_and_deviation(map(miou, group)), gain,
                      mean_and_deviation(students), *shown])  # fmt: skip
     header = ["change", f"mIoU on {configure(study.flags)[0].split}", "minus TAN", "student"]
-    header += [f"labels at step {s}" for s in MOMENTS]
+    header += [f"labels at step {s}" for s in labels]
     note = (
         "Target mIoU in % of the teacher and of the student after the second stage, tuning seeds: "
         "for choosing, not reporting. Labels: % of the trusted ones that are right, of the % of "
-        "the pixels that are trusted; first seed."
+        "the pixels that are trusted, where a batch is one image; first seed. There is no "
+        "adversary in this stage."
     )
     write(study, f"trials-{study.task}", header, rows, note, results | firsts)
 
@@ -129,25 +133,32 @@ def labelled_target(flags: Flags) -> tuple[data.DataSet, np.ndarray]:
 
 
 def labels_over_time(study: Study, flags: Flags) -> dict[int, tuple[float, float]]:
-    """By step: (accuracy of the trusted labels, their share of the pixels), by confidence."""
+    """By step: (accuracy of the teacher's labels, each with its weight; their mean weight)."""
     target, to_source_ids = labelled_target(flags)
     hyper: Any = configure(flags)[1]
+    wanted = {round(share * hyper.steps) for share in MOMENTS}
     found = {}
     for step, path in teachers(flags).items():
-        if step in MOMENTS:
+        if step in wanted:
             G = load(path, device_of(study))
-            m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, min(study.images, 50))
-            weight = trusted(m, doubt, hyper)
-            found[step] = float(1 - wrong[weight > 0.5].mean()), float((weight > 0.5).mean())
+            found[step] = accuracy_of_labels(G, target, to_source_ids, hyper, study.images)
     return found
 
 
-def trusted(m: np.ndarray, doubt: np.ndarray, hyper: SelftrainHyper) -> np.ndarray:
-    """The weight of each label by hyper.trust, with one threshold of confidence for all classes."""
-    sure = doubt <= np.quantile(doubt, hyper.trusted)
-    of_m = np.exp(-m / hyper.tau)
-    by = {"constant": np.ones_like(m), "confidence": sure * 1.0, "m": of_m, "both": sure * of_m}
-    return by[hyper.trust] * (1 - doubt > hyper.threshold)
+def accuracy_of_labels(
+    G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
+) -> tuple[float, float]:
+    """Over labelled pixels of at most 50 images: as `labels_over_time` says."""
+    total = right = pixels = 0.0
+    for _, image, label in evaluation.spread_images(target, min(count, 50)):
+        ids = torch.from_numpy(to_source_ids[label.numpy()])
+        p, m = ensemble_and_m(G, image, ids.shape)
+        of_trust = hyper.trust, hyper.trusted, hyper.threshold, hyper.tau
+        weight = trust_in(p[None], m[None, None], *of_trust)[0] * (ids != IGNORE)
+        total += weight.sum().item()
+        right += weight[p.argmax(dim=0) == ids].sum().item()
+        pixels += (ids != IGNORE).sum().item()
+    return right / max(total, 1e-9), total / max(pixels, 1.0)
 
 
 # Is M a measure of trust?
@@ -158,26 +169,27 @@ USELESS = 0.05  # a spread of exp(-M / tau) below this cannot matter
 def signs(study: Study) -> None:
     """M and confidence against the wrong labels of the teacher, while the second stage goes on.
 
-    AUC: the chance that a wrong label has the larger M, or the smaller confidence. tau: with it the
-    mean of exp(-M / tau) is the share that is trusted by confidence. Eq. 4 on and off.
+    AUC: the chance that a wrong label has the larger M, or the smaller confidence. With Eq. 4 and
+    without.
     """
     changes = {"TAN": MAIN["TAN"], "CLAN": {}, "CLAN without Eq. 4": {"lambda_weight": 0.0}}
     cells, _ = first_runs(study, changes)
-    kept: Flags = {"save_every": 100, "keep": 99}
-    stages = {name: stage_after(study, group, **kept) for name, group in cells.items()}
+    stages = {name: stage_after(study, group) for name, group in cells.items()}
     results = run_groups(study, stages, checkpoints=True)
     rows: list[list[str]] = []
     curves: dict[str, dict[int, dict[str, float]]] = {}
     for name, group in stages.items():
         target, to_source_ids = labelled_target(group[0])
         hyper: Any = configure(group[0])[1]
+        taus: dict[int, float] = {}  # by seed, fitted when the stage begins
         for step in sorted(set.intersection(*({*teachers(flags)} for flags in group))):
             found = []
             for flags in group:
                 G = load(teachers(flags)[step], device_of(study))
                 count = min(study.images, 50)
                 m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, count)
-                found.append(numbers_of_m(m, doubt, wrong, hyper.trusted))
+                tau = taus.setdefault(flags["seed"], tau_for(m, hyper.trusted))
+                found.append(numbers_of_m(m, doubt, wrong, tau))
             means = {key: spread(x[key] for x in found)[0] for key in found[0]}
             matters = "" if means["spread"] >= USELESS else "could not matter"
             rows.append([name, str(step), *(f"{x:.3g}" for x in means.values()), matters])
@@ -185,6 +197,7 @@ def signs(study: Study) -> None:
     header = ["start", "step", *means, ""]
     note = (
         "Labelled pixels of the target's training images, teacher's heads, means over seeds. "
+        "tau: with it the mean of exp(-M / tau) is the trusted share when the stage begins. "
         f"Spread: standard deviation of exp(-M / tau); below {USELESS} its weight could not matter."
     )
     write(study, f"signs-{study.task}", header, rows, note, results)
@@ -208,9 +221,8 @@ def tau_for(m: np.ndarray, mean: float) -> float:
     return tau
 
 
-def numbers_of_m(m: np.ndarray, doubt: np.ndarray, wrong: np.ndarray, share: float) -> dict:
+def numbers_of_m(m: np.ndarray, doubt: np.ndarray, wrong: np.ndarray, tau: float) -> dict:
     """What `signs` says of one network."""
-    tau = tau_for(m, share)
     return {
         "AUC of M": auc(m, wrong),
         "AUC of doubt": auc(doubt, wrong),
@@ -224,7 +236,7 @@ def numbers_of_m(m: np.ndarray, doubt: np.ndarray, wrong: np.ndarray, share: flo
 # The results.
 
 FURTHER: dict[str, Flags] = {  # from TAN's runs
-    "by M": {"trust": "m"},
+    "by M": {"trust": "m"},  # tau: see `start_tau`
     "by both": {"trust": "both"},
     "constant": {"trust": "constant"},
     "by confidence, shuffled": {"trust_shuffled": True},
@@ -241,10 +253,14 @@ def second(study: Study) -> None:
     """
     firsts, before = first_runs(study, MAIN)
     stages = {f"{name}, by confidence": stage_after(study, c) for name, c in firsts.items()}
-    stages |= {f"TAN, {k}": stage_after(study, firsts["TAN"], **v) for k, v in FURTHER.items()}
+    tau = start_tau(study, firsts["TAN"][0])
+    for name, change in FURTHER.items():
+        change = change | ({"tau": tau} if change.get("trust") in ("m", "both") else {})
+        stages[f"TAN, {name}"] = stage_after(study, firsts["TAN"], **change)
     _, hyper = configure(firsts["TAN"][0])
-    twice = 2 * hyper.steps - hyper.adv_start
-    stages["source only, twice the steps"] = study.cells(method="selftrain", steps=twice)
+    twice = 2 * (hyper.steps - hyper.adv_start)
+    name = "source only, twice the steps"
+    stages[name] = stage_after(study, firsts["source only"], steps=twice)
     results = run_groups(study, stages)
     styled = {f"{name}, FDA": change | {"fourier": FDA} for name, change in MAIN.items()}
     styled.pop("CLAN, FDA")
@@ -256,13 +272,22 @@ def second(study: Study) -> None:
         gain = f"{np.mean(pairs):+.1f}{brackets(t_interval(pairs))}" if start else ""
         students = mean_and_deviation(r.get("student", {}).get("miou") for r in group)
         rows.append([name, mean_and_deviation(map(miou, group)), gain, students])
-    header = ["start, weight of the labels", "mIoU", "minus its start", "student"]
+    header = ["start, weight of the labels", "mIoU", "minus the start alone", "student"]
     note = (
         "Target mIoU in %, mean ± deviation over seeds: of the teacher at the last step, and of "
-        "the student. The difference from the row that it starts from, paired by seed, with a 95 % "
-        "interval by Student's t."
+        "the student. The difference from the row of the start alone, paired by seed, with a 95 % "
+        f"interval by Student's t. tau is {tau:g}: with it M's mean weight on TAN's labels is the "
+        "share that is trusted by confidence. FDA is no second stage: it styles all steps."
     )
     write(study, f"second-{study.task}", header, rows, note, before | results)
+
+
+def start_tau(study: Study, first: Flags) -> float:
+    """The tau with which M's mean weight is that of confidence, on a network before the stage."""
+    target, to_source_ids = labelled_target(first)
+    G = load(newest_checkpoint(first["out"]), device_of(study))
+    m, *_ = m_and_errors(G, target, to_source_ids, min(study.images, 50))
+    return float(f"{tau_for(m, SelftrainHyper.trusted):.2g}")
 
 
 # How sure is sure?
@@ -289,7 +314,7 @@ def reliable(study: Study) -> None:
     """
     first = replace(study, seeds=study.seeds[:1])
     cells, _ = first_runs(first, {"TAN": MAIN["TAN"]})
-    flags = stage_after(first, cells["TAN"], save_every=100, keep=99)
+    flags = stage_after(first, cells["TAN"])
     results = run_groups(first, {"TAN": flags}, checkpoints=True)
     target, to_source_ids = labelled_target(flags[0])
     paths = teachers(flags[0])
@@ -297,12 +322,13 @@ def reliable(study: Study) -> None:
     left, right = figure.subplots(1, 2)
     shares = {}
     for style, step in (("--", min(paths)), ("-", max(paths))):
-        G = load(paths[step], torch.device("cpu"))
+        G = load(paths[step], device_of(study))
         when = "before" if step == min(paths) else "after"
         found = reliability(G, target, to_source_ids, min(study.images, 50))
         for color, (name, (x, y)) in zip(("C0", "C1"), found.items(), strict=True):
             left.plot(x, y, color + style, label=f"{name}, {when}")
-        shares[when] = results["TAN"][0]["before" if when == "before" else "student"]["shares"]
+        result = results["TAN"][0]
+        shares[when] = (result["before"] if when == "before" else result)["shares"]
     left.set(xlabel="labels, the surest first", ylabel="accuracy in this tenth")
     left.legend(fontsize=8)
     names = [*shares["before"]]

@@ -8,11 +8,11 @@ This is not in the paper. The teacher is the exponential moving average of G, th
 the whole, unchanged image of the target; the student sees it with other colours, with objects of
 the source pasted in, or with parts hidden. Each label counts as much as it is trusted: by the
 teacher's confidence, or by the agreement of its two heads, M (Section 3.2). The teacher at the last
-step is the result.
+step is the result. The flags that say what the run was (--src, --tgt, --backbone) are given again.
 
 Sources: mean teacher (Tarvainen and Valpola, 2017), class mix (Olsson et al., 2021), masked patches
 (MIC, Hoyer et al., 2023). All draws are from `generator`, or from torch's own, which train.py seeds
-for each step: they depend on (seed, step) alone.
+for each step: they depend on (seed, step) and the process alone.
 
 Shapes: B images, C classes, H W label grid.
 """
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from baselines import (
+    Axes,
     Images,
     Logits,
     State,
@@ -48,8 +49,8 @@ class SelftrainHyper(Hyper):
     teacher_momentum: float = 0.99  # share of the teacher that a step keeps; 0: it is the student
     lambda_target: float = 1.0  # weight of the loss on the teacher's labels
     trust: Trust = "confidence"  # what a label's weight is made from
-    trusted: float = 0.5  # share of each class's pixels in a batch that count, by confidence
-    threshold: float = 0.0  # confidence below which none counts; above 1 no label does
+    trusted: float = 0.5  # share of each class's labels that count, by confidence, of a batch
+    threshold: float = 0.0  # labels of lower confidence do not count; above 1 none does
     tau: float = 0.01  # the weight by M is exp(-M / tau)
     trust_shuffled: bool = False  # for studies: the weights of each image, at random places
     source_free: bool = False  # learn from the teacher's labels alone, not from the source
@@ -69,6 +70,12 @@ class SelftrainHyper(Hyper):
             )
         if self.source_free and self.class_mix:
             raise ValueError("class_mix pastes the source in, and source_free has none: drop one")
+
+
+SELFTRAIN_TUNED: Axes = (
+    ("trusted", (0.2, 0.35, 0.5, 0.8)),
+    ("lambda_target", (0.3, 1.0, 3.0, 10.0)),
+)
 
 
 # Labels and their weights.
@@ -103,7 +110,7 @@ def shuffled(weight: Tensor, generator: torch.Generator | None = None) -> Tensor
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """sum w CE / sum w over the labelled pixels. A constant weight has no effect, but for 0.
+    """sum w CE / sum w over the labelled pixels. Any constant weight above 0 gives the same loss.
 
     logits: B C H W. labels: B H W integers, 255 = none. weight: B H W, not negative.
     Returns a scalar in nats; 0, with a zero gradient, if no labelled pixel has a weight.
@@ -131,7 +138,8 @@ def mix_classes(
     """Images, labels and weights with half of the classes of a source image pasted in.
 
     images: B 3 H W of the target. labels, weight: B H W, the teacher's. source, source_labels: the
-    same shapes; what comes from the source has weight 1. Unlabelled source pixels stay out.
+    same shapes; its pixels count as much as the image's labels do on average. Unlabelled ones stay
+    out.
     """
     grids = {tuple(x.shape[-2:]) for x in (images, labels, source, source_labels)}
     if len(grids) > 1:
@@ -148,7 +156,7 @@ def mix_classes(
     return (
         source.where(pasted[:, None], images),
         source_labels.to(labels).where(pasted, labels),
-        weight.masked_fill(pasted, 1.0),
+        weight.mean(dim=(1, 2), keepdim=True).where(pasted, weight),
     )
 
 
@@ -262,7 +270,7 @@ def selftrain_step(
         loss, terms = source_loss(G(batch.source), batch, phase, hyper)
     if not phase.adversarial:
         return loss, terms, None
-    images, size = target_images(batch), batch.target_size or batch.labels.shape[-2:]
+    images, size = target_images(batch), batch.target_size or (0, 0)
     with torch.no_grad(), evaluating(G):
         logits = torch.func.functional_call(G, teacher_of(state), (images,))
         p = ensemble(logits, size).softmax(dim=1)

@@ -55,7 +55,7 @@ class Settings:
 
     # The network and its first weights.
     backbone: str = "auto"  # auto: tiny for streets to streets, else r101
-    init: str = "auto"  # first weights of G: a file, imagenet or none; auto: imagenet if any
+    init: str = "auto"  # first weights of G: a run, a file, imagenet or none; auto: imagenet if any
     lineage: str | None = None  # whose first weights: caffe or torchvision; default: by --init
 
     # The run, and what it writes.
@@ -224,6 +224,14 @@ def defaults(settings: Settings) -> Flags:
     return change
 
 
+def lineage_of_run(flags: Flags) -> str | None:
+    """The lineage of --init, if it is a run of this backbone or one of its checkpoints."""
+    path = Path(flags["init"])
+    found = saved(path)[-1:] if path.is_dir() else [path] * path.is_file()
+    settings = (read_metadata(found[0]) if found else {}).get("settings", {})
+    return settings.get("lineage") if settings.get("backbone") == flags["backbone"] else None
+
+
 def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
     """Settings and hyper-parameters of a run: the recipe, its defaults, then the flags given."""
     names = {field.name for field in fields(Settings)}
@@ -237,7 +245,7 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
     if of_settings.get("init", "auto") == "auto":
         of_settings["init"] = "imagenet" if has_imagenet(of_settings["backbone"]) else "none"
     lineage = lineage_for(of_settings["backbone"], of_settings["init"])
-    of_settings.setdefault("lineage", lineage)
+    of_settings.setdefault("lineage", lineage_of_run(of_settings) or lineage)
     settings = Settings(**of_settings)
 
     numbers = asdict(clan.RECIPES[settings.recipe]) | defaults(settings)
@@ -398,7 +406,7 @@ def run_parser(description: str, flags: Flags | None = None) -> argparse.Argumen
         type=int,
         metavar="N",
         default=argparse.SUPPRESS,
-        help="steps of the method; a second stage follows, as with --method selftrain --init RUN",
+        help="steps of --method, after which a second stage begins; --steps counts both",
     )
     add_run_flags(parser, flags=flags)
     return parser
@@ -444,7 +452,7 @@ def refuse_unused_flags(flags: Flags) -> None:
 # A run with a second stage.
 
 
-def both_parts(flags: Flags) -> tuple[Flags | None, Flags]:
+def both_parts(flags: Flags, resume: Path | None = None) -> tuple[Flags | None, Flags]:
     """The flags of the first part and of the second stage: two runs, the one in the other's folder.
 
     Without --selftrain-start there is one run, and the first part is None. A flag that both parts
@@ -465,6 +473,8 @@ def both_parts(flags: Flags) -> tuple[Flags | None, Flags]:
     if "steps" in flags:
         second["steps"] = flags["steps"] - start
     out = configure(second | {"init": "first"})[0].folder
+    if resume and resume != Path() and resume.is_dir():
+        out = resume
     first["out"] = out / "first"
     return first, second | {"out": out, "init": str(out / "first" / name_of(start))}
 

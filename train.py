@@ -9,7 +9,6 @@ holds metrics.jsonl, the last checkpoints, and at the end eval.json and result.p
 """
 
 import contextlib
-import copy
 import errno
 import itertools
 import json
@@ -132,7 +131,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     method = METHODS[hyper.method]
     source, target, val = open_all(settings)
     if method.result and not resume:
-        check_start(settings, hyper, source.classes)
+        check_start(settings, hyper, source, target)
     drawn = settings.src == settings.tgt == "streets"
     workers = devices.count_workers(settings.workers, drawn)
 
@@ -227,8 +226,16 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     return source, target, val
 
 
-def check_start(settings: Settings, hyper: Hyper, classes: tuple[str, ...]) -> None:
-    """Raises ValueError if a second stage would not begin with a network of these classes."""
+def check_start(settings: Settings, hyper: Any, source: data.DataSet, target: data.DataSet) -> None:
+    """Raises ValueError if a second stage would not begin with a network of the source's classes,
+    or could not paste the source into the target."""
+    grids = [tuple(np.minimum(x.crop, x.size)) if hyper.crop else x.size for x in (source, target)]
+    if hyper.class_mix and (grids[0] != grids[1] or hyper.scales != (1.0,)):
+        raise ValueError(
+            "--class-mix needs source and target of one size: give --crop, or equal --src-size and "
+            "--tgt-size, and no other --scales than 1; or --no-class-mix"
+        )
+    classes = source.classes
     if settings.init in ("none", "imagenet"):
         if hyper.adv_start == 0:
             raise ValueError(
@@ -496,9 +503,9 @@ def network_of(method: Method, G: Generator, state: State, done: int, hyper: Hyp
     """What is scored after `done` steps: G, or in a second stage a copy with the teacher in it."""
     if method.result is None or done <= hyper.adv_start:
         return G
-    teacher = copy.deepcopy(G)
+    teacher = Generator(G.backbone, G.num_classes, G.lineage)
     teacher.load_state_dict(method.result(state))
-    return teacher
+    return devices.place(teacher, next(G.parameters()).device)
 
 
 def record_score(done: int, log: Log, score: Callable[[], dict]) -> None:
@@ -613,13 +620,17 @@ def train_first(flags: Flags, go_on: bool, console: Console) -> None:
     """The part of a run before --selftrain-start, or what is left of it."""
     refuse_unused_flags(flags)
     settings, hyper = configure(flags)
-    if (settings.folder / name_of(hyper.steps)).exists():
-        return
     resume = None
-    if go_on and saved(settings.folder):
+    done = (settings.folder / name_of(hyper.steps)).exists()
+    if saved(settings.folder) and (go_on or done):  # also to compare its flags with these
         flags, resume = resumed(flags, settings.folder, console.print)
         settings, hyper = configure(flags)
-    train(settings, hyper, resume, console)
+    if done:
+        return
+    try:
+        train(settings, hyper, resume, console)
+    except Stopped as stopped:
+        raise Stopped(f"{stopped}, or with the whole command and --resume") from stopped
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -628,13 +639,14 @@ def main(argv: list[str] | None = None) -> None:
     console = Console(quiet=place.rank > 0)
     known: tuple[Settings, Hyper, bool] | None = None
     try:
-        before, flags = both_parts(flags)
+        before, flags = both_parts(flags, resume)
         refuse_unused_flags(flags)
         folder = run_folder(flags, resume)
         with owned(folder) if place.rank == 0 else contextlib.nullcontext():
             resume = restarted(flags, resume)
+            if before and (saved(before["out"]) or not saved(folder)):
+                train_first(before, resume is not None or place.restarts > 0, console)
             if before and not saved(folder):
-                train_first(before, resume is not None, console)
                 resume = None
             if resume is not None:
                 flags, resume = resumed(flags, resume, console.print)

@@ -38,19 +38,17 @@ def test_second_tau_gives_the_wanted_mean_weight():
         assert np.exp(-m / second.tau_for(m, mean)).mean() == pytest.approx(mean, abs=1e-6)
 
 
-def test_second_trusted_labels_are_the_surest_share():
+def test_second_a_collapsed_m_shows_in_its_spread_with_the_tau_of_the_start():
     m, doubt = np.random.default_rng(0).uniform(size=(2, 1000))
-    for flags, share in (({}, 0.5), ({"trusted": 0.2}, 0.2), ({"trust": "constant"}, 1.0)):
-        hyper = configure({"method": "selftrain", "init": "x"} | flags)[1]
-        weight = second.trusted(m, doubt, hyper)
-        assert weight.mean() == pytest.approx(share, abs=1e-3)
-        if share < 1:
-            assert doubt[weight > 0].max() < doubt[weight == 0].min()
+    wrong = doubt > 0.7
+    tau = second.tau_for(m, 0.5)
+    start, end = (second.numbers_of_m(k * m, doubt, wrong, tau) for k in (1.0, 1e-3))
+    assert start["spread"] > second.USELESS > end["spread"]
+    assert start["AUC of doubt"] == 1.0 and start["AUC of M"] == end["AUC of M"]
 
 
 @pytest.mark.slow
 def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(second, "MOMENTS", (0, 2))
     few = {k: second.CHANGES[k] for k in ("as it is", "every label counts", "class mix")}
     monkeypatch.setattr(second, "CHANGES", few)
     studied("trials", tmp_path, "--seeds", "10")
@@ -58,7 +56,11 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     assert list(rows) == list(few) and rows["every label counts"][3].endswith("of 100")
     studied("signs", tmp_path / "val", "--seeds", "0")
     rows = json.loads((tmp_path / "val" / f"signs-{TASK}.json").read_text())["rows"]
-    assert [row[:2] for row in rows if row[0] == "TAN"] == [["TAN", "0"], ["TAN", "2"]]
+    assert [row[:2] for row in rows if row[0] == "TAN"] == [
+        ["TAN", "0"],
+        ["TAN", "1"],
+        ["TAN", "2"],
+    ]
     studied("second", tmp_path / "val", "--seeds", "0,1")
     rows = table(tmp_path / "val", "second")
     assert len(rows) == 3 + 3 + len(second.FURTHER) + 1 + 2
