@@ -677,7 +677,14 @@ PAPER_VALUES = {
     **{"power": 0.9, "warmup": 0.0, "d_channels": 64, "d_strides": (2, 2, 2, 2, 2)},
     **{"lr_d": 5e-5, "d_schedule": "fixed", "beta1_d": 0.9, "beta2_d": 0.99},
     **{"weight_decay_d": 5e-4, "batchnorm": "batch", "bn_affine": False},
-    **{"crop": True, "scales": (1.0,), "scale_probs": (1.0,), "mirror": 0.0, "jitter": 0.0},
+    **{
+        "crop": True,
+        "scales": (1.0,),
+        "scale_probs": (1.0,),
+        "mirror": 0.0,
+        "jitter": 0.0,
+        "fourier": 0.0,
+    },
 }
 
 RELEASED_VALUES = PAPER_VALUES | {
