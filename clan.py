@@ -37,7 +37,7 @@ class Hyper:
     """
 
     # Method and steps.
-    method: str = "clan"  # source (Eq. 3), tan (Eq. 3 and 2), clan (Eq. 6); methods.py lists all
+    method: str = "clan"  # source (Eq. 3), tan (Eq. 3 and 2), clan (Eq. 6), a row of methods.py
     steps: int = 100_000  # iterations
     batch: int = 1  # images of each domain per step
     adv_start: int = 0  # first step with adversarial terms; earlier steps learn only the source

@@ -333,6 +333,8 @@ def add_flags(
             kind = typing.get_args(kind)[0]
         if field.name in of_tables:
             options = {"choices": of_tables[field.name]}
+            if len(", ".join(options["choices"])) > 60:  # too long for a line of the help
+                options["metavar"] = "NAME"
         elif typing.get_origin(kind) is Literal:
             options = {"choices": typing.get_args(kind)}
         elif kind is bool:
@@ -346,7 +348,9 @@ def add_flags(
         else:
             metavars: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
             options = {"type": kind, "metavar": metavars.get(kind, "NAME")}
-        text = f"{help_of[field.name]} [{shown(values[field.name])}]".replace("%", "%%")
+        many = "choices" in options and "metavar" in options
+        listed = f": {', '.join(options['choices'])}" if many else ""
+        text = f"{help_of[field.name]}{listed} [{shown(values[field.name])}]".replace("%", "%%")
         flag, suppressed = flag_of(field.name), argparse.SUPPRESS
         in_group[name].add_argument(flag, help=text, default=suppressed, **options)
 

@@ -191,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    top.add_argument("what", choices=[*COMMANDS, "all"])
+    top.add_argument("what", choices=[*COMMANDS, "all"], metavar="STUDY", help="one, or all")
     top.add_argument("--seeds", type=seeds_of, help="such as 0,1,2 [0 to 4, but for some studies]")
     top.add_argument("--quick", action="store_true", help="streets: short runs, two seeds")
     top.add_argument("--jobs", type=count_of, help="runs at a time [1]")
