@@ -115,14 +115,20 @@ def count_workers(asked: int, drawn: bool) -> int:
     return min(8, cores // launch().local_world)
 
 
-def machine(device: torch.device) -> str:
-    """The device in words, for the line under a result."""
+def machine(device: torch.device, threads: int | None = None) -> str:
+    """The device in words, for the line under a result. threads: a CPU's [torch's number].
+
+    A CPU's name can stand for several kinds that round differently, so its family and model follow.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    text = info.read_text() if info.exists() else ""
+    pairs = (line.partition(":") for line in text.splitlines())
+    words = {key.strip(): value.strip() for key, _, value in pairs}
+    kind = [f"{key} {words[key]}" for key in ("cpu family", "model") if key in words]
+    name = words.get("model name", platform.processor()) + f" ({', '.join(kind)})" * bool(kind)
+    return f"{name}, {threads or torch.get_num_threads()} threads"
 
 
 def place(network: Network, device: torch.device | str, plain: bool = False) -> Network:

@@ -60,6 +60,7 @@ class Study:
     curve_class: str  # the class whose cluster distance over training is drawn
     numbers: int  # how many of a method's numbers are chosen, the first ones
     command: str
+    unpaired: bool = False  # its runs are not compared seed by seed
 
     @property
     def task(self) -> str:
@@ -137,14 +138,17 @@ def key_of(settings: dict, seed: int) -> str:
     return json.dumps([settings, seed], sort_keys=True)
 
 
-def recorded_lines(study: Study) -> dict[str, dict]:
-    """The recorded runs by what they compute. Of two lines for one run the first counts.
+Recorded = dict[str, list[dict]]  # the lines of `results/` by what they compute
+
+
+def recorded_lines(study: Study) -> Recorded:
+    """The recorded runs, in the order of the file. One run may be there from several machines.
 
     A field that is newer than a line had its default in that run. A line without what the studies
     of today read is not taken.
     """
     path = study.results / f"{study.task}.jsonl"
-    found: dict[str, dict] = {}
+    found: Recorded = {}
     for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
             line = json.loads(text)
@@ -153,17 +157,51 @@ def recorded_lines(study: Study) -> dict[str, dict]:
         settings = line["settings"]
         counts = same_run(usual_fields() | settings)  # with today's fields
         if "before" in line["result"] or not METHODS[settings["method"]].reads_target:
-            found.setdefault(key_of(counts, line["seed"]), line)
+            found.setdefault(key_of(counts, line["seed"]), []).append(line)
     return found
 
 
-def recorded(lines: dict[str, dict], flags: Flags) -> dict | None:
-    """The recorded result of a run with these flags, in the form of `run_cell`'s, else None."""
+def lines_of(lines: Recorded, flags: Flags) -> list[dict]:
     fields = all_fields(flags)
-    line = lines.get(key_of(same_run(fields), fields["seed"]))
-    if line is None:
-        return None
-    place = {"settings": fields, "checkpoint": str(flags["out"])}
+    return lines.get(key_of(same_run(fields), fields["seed"]), [])
+
+
+MADE = ("machine", "threads", "torch")  # runs that share them round alike
+
+
+def made(result: dict) -> tuple[str, ...]:
+    return tuple(str(result.get(key)) for key in MADE)
+
+
+def recorded(study: Study, lines: Recorded, cells: list[Flags]) -> dict[Path, dict]:
+    """The recorded results that count, by run folder, in the form of `run_cell`'s.
+
+    Runs of one seed are compared with each other, so they come from one machine: the first that
+    has recorded them all, else this one. Trials that are not compared by seed may come from any.
+    """
+    found: dict[Path, dict] = {}
+    for seed in {flags["seed"] for flags in cells}:
+        of_seed = [flags for flags in cells if flags["seed"] == seed]
+        known = [[recalled(line, flags) for line in lines_of(lines, flags)] for flags in of_seed]
+        first, *others = [[made(result) for result in results] for results in known]
+        here = made_here(study, of_seed[0])
+        wanted = next((m for m in first if all(m in other for other in others)), here)
+        for flags, results in zip(of_seed, known, strict=True):
+            best = [r for r in results if made(r) == wanted] or results * study.unpaired
+            found |= {flags["out"]: best[0]} if best else {}
+    return found
+
+
+def made_here(study: Study, flags: Flags) -> tuple[str, ...]:
+    """What `made` says of a run of this study on this machine."""
+    device = find_device(configure(flags)[0].device)
+    threads = threads_of(study.jobs)
+    return f"{machine(device, threads)} a run", str(threads), str(torch.__version__)
+
+
+def recalled(line: dict, flags: Flags) -> dict:
+    """A recorded line in the form of `run_cell`'s result."""
+    place = {"settings": all_fields(flags), "checkpoint": str(flags["out"])}
     return line["result"] | {k: line[k] for k in ("commit", "machine")} | place
 
 
@@ -361,13 +399,14 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     """
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
     lines = recorded_lines(study)
+    from_lines = recorded(study, lines, [*cells_of.values()])
     known = {out: finished(flags) for out, flags in cells_of.items()}
     for out, flags in cells_of.items():
-        result, from_line = known[out], recorded(lines, flags)
+        result = known[out]
         if result is None and not checkpoints:
-            known[out] = from_line
-        elif result is not None and from_line is None:  # it was stopped before it was recorded
-            record(study, flags, result)
+            known[out] = from_lines.get(out)
+        elif result is not None and is_new(lines, flags, result):
+            record(study, flags, result)  # the study was stopped before it was recorded
     missing = [flags for out, flags in cells_of.items() if known[out] is None]
     if missing:
         need_labels(missing[0])
@@ -380,7 +419,7 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
         tasks = [(flags, donor_of[flags["out"]]) for flags in wave]
         for flags, result in run_all(tasks, study.jobs):
             done += 1
-            if recorded(lines, flags) is None:
+            if is_new(lines, flags, result):
                 record(study, flags, result)
             score, seconds = 100 * result["miou"], result["seconds"]
             name = flags["out"].name
@@ -388,6 +427,11 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
                 f"[{done}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
             )
     return [known[flags["out"]] or result_of(flags) for flags in cells]
+
+
+def is_new(lines: Recorded, flags: Flags, result: dict) -> bool:
+    """Whether no line holds this run as this machine computes it."""
+    return made(result) not in [made(recalled(line, flags)) for line in lines_of(lines, flags)]
 
 
 def need_labels(flags: Flags) -> None:
@@ -440,7 +484,7 @@ def run_all(tasks: list, jobs: int) -> Iterator[tuple[Flags, dict]]:
     if jobs == 1:
         yield from ((flags, run_cell(flags, donor, None)) for flags, donor in tasks)
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads_of(jobs)
     fresh = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(jobs, mp_context=fresh, initializer=leave_signals) as pool:
         waiting = list(tasks)
@@ -460,6 +504,11 @@ def run_all(tasks: list, jobs: int) -> Iterator[tuple[Flags, dict]]:
             for child in multiprocessing.active_children():
                 child.terminate()  # a run saves and ends at the first request
             raise
+
+
+def threads_of(jobs: int) -> int:
+    """Threads of each of so many runs at a time."""
+    return torch.get_num_threads() if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
 
 
 def leave_signals() -> None:
@@ -575,11 +624,10 @@ def points_apart(a: list[dict], b: list[dict], pick: Pick = miou) -> list[float]
     if seeds_a != seeds_b:
         raise ValueError(f"runs of seeds {seeds_a} and {seeds_b} make no pairs")
     for x, y in zip(a, b, strict=True):
-        made = [tuple(str(r.get(key)) for key in ("machine", "threads", "torch")) for r in (x, y)]
-        if made[0] != made[1]:
+        if made(x) != made(y):
             raise ValueError(
-                f"seed {x['settings']['seed']} was run as {', '.join(made[0])} and as "
-                f"{', '.join(made[1])}, which makes no pair: delete one line of the results"
+                f"seed {x['settings']['seed']} was run as {', '.join(made(x))} and as "
+                f"{', '.join(made(y))}, which makes no pair: delete one of the two runs"
             )
     both = [(pick(x), pick(y)) for x, y in zip(a, b, strict=True)]
     return [100 * (x - y) for x, y in both if x is not None and y is not None]

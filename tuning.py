@@ -79,7 +79,7 @@ def sweep(study: Study) -> None:
     --numbers 1 chooses lambda_adv alone.
     """
     settings, _ = configure(study.flags)
-    study = on_dev(study)
+    study = replace(on_dev(study), unpaired=True)
     fixed: Flags = {}
     notes = []
     if settings.src == "streets" and "seg_heads" not in study.flags:
@@ -172,7 +172,7 @@ def tune(study: Study) -> None:
     The section of each method names them. A best value at an edge is followed with two more.
     --numbers 1 chooses the first number alone.
     """
-    study = on_dev(study)
+    study = replace(on_dev(study), unpaired=True)
     methods = [m for m in study.methods if METHODS[m].reads_target]
     trials = Trials(study, {}, most=100 * len(methods) * len(study.seeds))
     best: dict[str, Values] = {m: {} for m in methods}

@@ -31,6 +31,7 @@ from torch import nn
 
 import data
 import figures
+import runs
 import study
 import tables
 import train
@@ -638,6 +639,30 @@ def test_study_goes_on_from_recorded_runs_where_the_folders_are_gone(scenes, tmp
     assert not (second / "streets-streets-tiny").exists()
     studied("figure5", second, *flags)
     assert (second / "streets-streets-tiny" / "clan-seed0").exists()
+
+
+def test_study_recorded_runs_of_a_seed_come_from_one_machine(tmp_path):
+    """The first that has recorded them all, else this one. Trials may come from any."""
+    flags = ["--jobs", "2", "--seeds", "0", "--results", str(tmp_path)]
+    asked = study.parse(["table", *flags])["table"]
+    here, threads, version = runs.made_here(asked, asked.cell(0))
+    cells = [asked.cell(0, method=method) for method in ("tan", "clan")]
+
+    def answers(*lines: tuple[int, str, float], of: runs.Study = asked) -> list[float | None]:
+        """Scores of the two cells, where `lines` are recorded: cell, machine, score."""
+        (tmp_path / f"{TASK}.jsonl").unlink(missing_ok=True)
+        for i, name, score in lines:
+            result = {"miou": score, "before": {}, "threads": threads, "torch": version}
+            runs.record(asked, cells[i], result | {"commit": "c", "machine": name})
+        found = runs.recorded(of, runs.recorded_lines(asked), cells)
+        return [found.get(cell["out"], {}).get("miou") for cell in cells]
+
+    assert answers((0, "a", 0.1), (1, "a", 0.2), (0, here, 0.3), (1, here, 0.4)) == [0.1, 0.2]
+    assert answers((0, "a", 0.1), (0, "b", 0.2), (1, "b", 0.3)) == [0.2, 0.3]
+    assert answers((0, "a", 0.1), (0, here, 0.2), (1, "b", 0.3)) == [0.2, None]
+    assert answers((0, "a", 0.1)) == [None, None]
+    trials = replace(asked, unpaired=True)
+    assert answers((0, "a", 0.1), (1, "b", 0.2), (1, here, 0.3), of=trials) == [0.1, 0.3]
 
 
 def test_study_a_recorded_run_with_other_settings_does_not_count(scenes, tmp_path):
