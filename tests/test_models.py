@@ -311,6 +311,29 @@ def test_models_lite0_pads_as_tensorflow_does(kernel, size, pads):
     torch.testing.assert_close(conv(x), expected)
 
 
+@pytest.mark.parametrize(
+    ("size", "kernel", "dilation"),
+    (((12, 16), 5, 2), ((12, 16), 5, 4), ((7, 9), 3, 2), ((3, 4), 5, 4), ((1, 1), 3, 4)),
+)
+@pytest.mark.parametrize("dense", (False, True))
+def test_models_lite0_adds_up_a_dilated_convolution_tap_by_tap(size, kernel, dilation, dense):
+    """As torch's convolution of the padded image does, with its gradients; also for each alone."""
+    conv = models.SameConv(6, 6, kernel, 1 + dense, dilation, dense, groups=6).double()
+    x = torch.randn(2, 6, *size, generator=seeded(), dtype=torch.float64, requires_grad=True)
+    same = 2 * [dilation * (kernel // 2)]
+    pads = (*conv.pads(size[1]), *conv.pads(size[0])) if dense else 2 * same
+    expected = F.conv2d(F.pad(x, pads), conv.weight, dilation=dilation, groups=6)
+    found = conv(x)
+    assert type(found.grad_fn).__name__ == "DilatedDepthwiseBackward"
+    torch.testing.assert_close(found, expected)
+    to = torch.randn(expected.shape, generator=seeded(1), dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, (x, conv.weight), to)
+    torch.testing.assert_close(torch.autograd.grad(conv(x), (x, conv.weight), to), wanted)
+    torch.testing.assert_close(torch.autograd.grad(conv(x), x, to)[0], wanted[0])
+    of_filters = torch.autograd.grad(conv(x.detach()), conv.weight, to)[0]
+    torch.testing.assert_close(of_filters, wanted[1])
+
+
 @pytest.mark.parametrize("size", ((64, 96), (61, 83), (24, 24)))
 def test_models_lite0_without_strides_keeps_the_trained_network(size):
     """Of the 16 blocks at output stride 8, every fourth answer is that of stride 32."""
