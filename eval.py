@@ -342,6 +342,14 @@ def save_labels(folder: Path, dataset: data.DataSet, classes: Sequence[str]):
     return save
 
 
+def said_before(file: Path, checkpoint: Path) -> dict:
+    """What an earlier score of this checkpoint says, such as the student's beside it. Else {}."""
+    if not file.exists():
+        return {}
+    earlier = json.loads(file.read_text())
+    return earlier if earlier.get("checkpoint") == str(checkpoint) else {}
+
+
 def evaluate_main(args: argparse.Namespace) -> None:
     console = Console()
     path = newest_checkpoint(args.run)
@@ -415,7 +423,8 @@ def evaluate_main(args: argparse.Namespace) -> None:
     result |= {"checkpoint": str(path), "settings": settings}
     of_the_run = not settings or (tgt, args.split) == (settings["tgt"], settings["split"])
     name = "eval" if of_the_run else f"eval-{tgt}-{args.split}"  # keeps the run's own score
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1))
+    file = out / f"{name}.json"
+    file.write_text(json.dumps(said_before(file, path) | result, indent=1))
     figure = draw(target, to_source_ids, {"prediction": G}, device, source.classes)
     figure.savefig(out / f"{name}.png", dpi=DPI)
     console.print(

@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 from checkpoints import BEFORE, newest_checkpoint, of_steps, read_metadata
 from classes import IGNORE
-from control import MAIN
+from control import MAIN, on_streets
 from figures import device_of, load
 from models import Generator
 from predictions import ensemble_and_m
@@ -36,7 +36,7 @@ from runs import (
     t_interval,
     write,
 )
-from selftrain import SelftrainHyper, trust_in
+from selftrain import SelftrainHyper, Trust, trust_in
 from settings import Flags, configure
 from train import open_all
 from trust import auc, m_and_errors
@@ -235,36 +235,70 @@ def numbers_of_m(m: np.ndarray, doubt: np.ndarray, wrong: np.ndarray, tau: float
 
 # The results.
 
-FURTHER: dict[str, Flags] = {  # from TAN's runs
-    "by M": {"trust": "m"},  # tau: see `start_tau`
-    "by both": {"trust": "both"},
-    "constant": {"trust": "constant"},
-    "by confidence, shuffled": {"trust_shuffled": True},
-    "by confidence, source-free": {"source_free": True},
+# What a label's weight is made from, as the rows say it.
+BY: dict[Trust, str] = {
+    "confidence": "by confidence",
+    "m": "by M",
+    "both": "by both",
+    "constant": "constant",
 }
+BETAS = (0.005, 0.02, 0.08)  # of FDA, for `fourier`
 FDA = 0.02  # --fourier of the rows with it
 
 
 def second(study: Study) -> None:
     """What the second stage adds: to each start, by the weight of its labels, without source.
 
-    A row has as many steps of the second stage as its start has of adaptation. One row has all of
-    them from the source-only start.
+    A row has as many steps of the second stage as its start has of adaptation. On streets the
+    weights and controls are those of TAN's runs. Elsewhere M's weight and a constant one follow,
+    from the best of the three starts.
     """
+    chosen = SelftrainHyper.trust
     firsts, before = first_runs(study, MAIN)
-    stages = {f"{name}, by confidence": stage_after(study, c) for name, c in firsts.items()}
-    tau = start_tau(study, firsts["TAN"][0])
-    for name, change in FURTHER.items():
-        change = change | ({"tau": tau} if change.get("trust") in ("m", "both") else {})
-        stages[f"TAN, {name}"] = stage_after(study, firsts["TAN"], **change)
+    stages = {f"{name}, {BY[chosen]}": stage_after(study, c) for name, c in firsts.items()}
+    results = run_groups(study, stages)
+    best = max(before, key=lambda name: mean_miou(results[f"{name}, {BY[chosen]}"]))
+    start = "TAN" if on_streets(study) else best
+    tau = start_tau(study, firsts[start][0])
+    weights: dict[str, Flags] = {trust: {"trust": trust} for trust in BY}
+    for trust in ("m", "both"):
+        weights[trust]["tau"] = tau
+    wanted = tuple(BY) if on_streets(study) else ("m", "constant")
+    results |= run_groups(
+        study,
+        {f"{start}, {BY[w]}": stage_after(study, firsts[start], **weights[w]) for w in wanted},
+    )
+    if on_streets(study):
+        results |= run_groups(study, controls(study, firsts, results, weights))
+    styled = {f"{name}, FDA": MAIN[name] | {"fourier": FDA} for name in ("source only", "TAN")}
+    results |= run_groups(study, {name: study.cells(**v) for name, v in styled.items()})
+    write_second(study, before, results, tau)
+
+
+def controls(
+    study: Study,
+    firsts: dict[str, Cells],
+    results: dict[str, list[dict]],
+    weights: dict[str, Flags],
+) -> dict[str, Cells]:
+    """The better of confidence and M at random places; no source; all steps without adaptation."""
+    chosen = BY[SelftrainHyper.trust]
+    names: tuple[Trust, ...] = ("confidence", "m")
+    better = max(names, key=lambda w: mean_miou(results[f"TAN, {BY[w]}"]))
+    shuffled = weights[better] | {"trust_shuffled": True}
     _, hyper = configure(firsts["TAN"][0])
     twice = 2 * (hyper.steps - hyper.adv_start)
-    name = "source only, twice the steps"
-    stages[name] = stage_after(study, firsts["source only"], steps=twice)
-    results = run_groups(study, stages)
-    styled = {f"{name}, FDA": change | {"fourier": FDA} for name, change in MAIN.items()}
-    styled.pop("CLAN, FDA")
-    results |= run_groups(study, {k: study.cells(**v) for k, v in styled.items()})
+    of_source = stage_after(study, firsts["source only"], steps=twice)
+    return {
+        f"TAN, {BY[better]}, shuffled": stage_after(study, firsts["TAN"], **shuffled),
+        f"TAN, {chosen}, source-free": stage_after(study, firsts["TAN"], source_free=True),
+        f"source only, {chosen}, twice the steps": of_source,
+    }
+
+
+def write_second(
+    study: Study, before: dict[str, list[dict]], results: dict[str, list[dict]], tau: float
+) -> None:
     rows = []
     for name, group in (before | results).items():
         start = next((before[x] for x in before if name.startswith(f"{x}, ")), None)
@@ -276,10 +310,27 @@ def second(study: Study) -> None:
     note = (
         "Target mIoU in %, mean ± deviation over seeds: of the teacher at the last step, and of "
         "the student. The difference from the row of the start alone, paired by seed, with a 95 % "
-        f"interval by Student's t. tau is {tau:g}: with it M's mean weight on TAN's labels is the "
-        "share that is trusted by confidence. FDA is no second stage: it styles all steps."
+        "interval by Student's t. The loss divides by the sum of the weights, so all have the "
+        f"same mean. tau is {tau:g}: with it the mean of exp(-M / tau) is the share that counts by "
+        "confidence. FDA is no second stage: it styles the source from the first step on."
     )
     write(study, f"second-{study.task}", header, rows, note, before | results)
+
+
+def mean_miou(results: list[dict]) -> float:
+    return spread(map(miou, results))[0]
+
+
+def fourier(study: Study) -> None:
+    """How FDA's beta is chosen: source only with three values, on dev."""
+    study = on_dev(study)
+    groups = {"0": study.cells(method="source")}
+    groups |= {f"{beta:g}": study.cells(method="source", fourier=beta) for beta in BETAS}
+    results = run_groups(study, groups)
+    rows = [[name, mean_and_deviation(map(miou, group))] for name, group in results.items()]
+    note = "Target mIoU in % of source only, tuning seeds: for choosing, not reporting."
+    header = ["beta", f"mIoU on {configure(study.flags)[0].split}"]
+    write(study, f"fourier-{study.task}", header, rows, note, results)
 
 
 def start_tau(study: Study, first: Flags) -> float:

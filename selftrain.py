@@ -70,6 +70,13 @@ class SelftrainHyper(Hyper):
             )
         if self.source_free and self.class_mix:
             raise ValueError("class_mix pastes the source in, and source_free has none: drop one")
+        for name, needed, remedy in (
+            ("tau", self.trust in ("m", "both"), "trust m or both"),
+            ("trusted", self.trust in ("confidence", "both"), "trust confidence or both"),
+            ("patches", self.masked > 0, "masked above 0"),
+        ):
+            if not needed and getattr(self, name) != getattr(SelftrainHyper, name):
+                raise ValueError(f"{name} has no effect here: it needs {remedy}")
 
 
 SELFTRAIN_TUNED: Axes = (

@@ -47,7 +47,7 @@ from runs import (
     run_groups,
     write,
 )
-from second import reliable, second, signs, trials
+from second import fourier, reliable, second, signs, trials
 from settings import Flags, add_run_flags, configure, flag_of, less_memory
 from tables import COMPARED, table_1_and_2
 from train import NOT_BEGUN
@@ -148,6 +148,7 @@ COMMANDS = {
     "ranking": Command(ranking, set()),
     "calibration": Command(calibration, {"methods", "images"}, (0,)),
     "trials": Command(trials, {"images"}, TUNING_SEEDS[:2]),
+    "fourier": Command(fourier, set(), TUNING_SEEDS[:2]),
     "signs": Command(signs, {"images"}, (0, 1, 2)),
     "second": Command(second, set()),
     "reliable": Command(reliable, {"images"}, (0,)),
@@ -155,7 +156,7 @@ COMMANDS = {
     "dusk": Command(dusk, set(), (0, 1, 2)),
 }
 # For tuning, of other runs, or of photographs.
-NOT_IN_ALL = ("instrument", "sweep", "tune", "ranking", "trials", "photographs", "dusk")
+NOT_IN_ALL = ("instrument", "sweep", "tune", "ranking", "trials", "fourier", "photographs", "dusk")
 QUICK = {"steps": 120, "adv_start": 80, "eval_every": 20}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets

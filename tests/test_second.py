@@ -63,8 +63,11 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     ]
     studied("second", tmp_path / "val", "--seeds", "0,1")
     rows = table(tmp_path / "val", "second")
-    assert len(rows) == 3 + 3 + len(second.FURTHER) + 1 + 2
+    assert len(rows) == 3 + 3 + (len(second.BY) - 1) + 3 + 2
+    assert [name for name in rows if name.endswith("shuffled")], "of the better weight"
     assert rows["TAN"][1] == "" and rows["TAN, FDA"][1] and rows["TAN, by M"][1]
     assert rows["CLAN, by confidence"][2] and not rows["CLAN"][2].strip("-")
+    studied("fourier", tmp_path, "--seeds", "10")
+    assert list(table(tmp_path, "fourier")) == ["0", *(f"{beta:g}" for beta in second.BETAS)]
     studied("reliable", tmp_path / "val", "--seeds", "0")
     assert (tmp_path / "val" / f"reliable-{TASK}.png").exists()

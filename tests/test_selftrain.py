@@ -298,6 +298,9 @@ def test_selftrain_numbers_that_make_no_sense_are_refused():
         ("--tau 0", "tau must be above 0"),
         ("--patches 0", "patches at least 1"),
         ("--masked 2", "masked must lie in"),
+        ("--tau 0.1", "tau has no effect here: it needs trust m or both"),
+        ("--trust m --trusted 0.2", "trusted has no effect here: it needs trust confidence or"),
+        ("--patches 4", "patches has no effect here: it needs masked above 0"),
     ):
         assert sentence in run_error("--method", "selftrain", *flags.split())
     assert "does not use --tau" in run_error("--method", "tan", "--tau", "0.1")
@@ -335,6 +338,8 @@ def test_selftrain_a_second_stage_starts_from_a_run_and_its_result_is_the_teache
     assert {"miou", "iou"} <= result["student"].keys()
     assert "student" in capsys.readouterr().out
     evaluation.main([str(out)])
+    again = json.loads((out / "eval.json").read_text())
+    assert again["student"] == result["student"] and again["before"] == result["before"]
     rows = [line for line in capsys.readouterr().out.splitlines() if "mIoU" in line]
     assert any(f"{100 * result['miou']:.1f}" in line for line in rows)
     assert {"seg", "st", "kept", "m", "grad"} <= steps_logged(out)[0].keys()
@@ -362,8 +367,9 @@ def test_selftrain_both_parts_in_one_run_are_two_runs_one_after_the_other(
     first, cut, tmp_path, monkeypatch
 ):
     two, one = tmp_path / "two", tmp_path / "one"
-    train.main([*STAGE, "--init", str(first), "--out", str(two), "--tau", "0.1"])
-    both = [*SMALL, "--method", "tan", "--selftrain-start", "8", "--steps", "12", "--tau", "0.1"]
+    train.main([*STAGE, "--init", str(first), "--out", str(two), "--teacher-momentum", "0.9"])
+    both = [*SMALL, "--method", "tan", "--selftrain-start", "8", "--steps", "12"]
+    both += ["--teacher-momentum", "0.9"]
     both += ["--log-every", "1", "--save-every", "1", "--keep", "99", "--out", str(one)]
     if cut is not None:
         with monkeypatch.context() as patch:
