@@ -173,16 +173,20 @@ def made(result: dict) -> tuple[str, ...]:
     return tuple(str(result.get(key)) for key in MADE)
 
 
-def recorded(study: Study, lines: Recorded, cells: list[Flags]) -> dict[Path, dict]:
-    """The recorded results that count, by run folder, in the form of `run_cell`'s.
+def known_results(
+    study: Study, lines: Recorded, done: dict[Path, dict], cells: list[Flags]
+) -> dict[Path, dict]:
+    """The results that count, by run folder: recorded ones, or `done`, of finished run folders.
 
     Runs of one seed are compared with each other, so they come from one machine: the first that
-    has recorded them all, else this one. Trials that are not compared by seed may come from any.
+    has made them all, else this one. Trials that are not compared by seed may come from any.
     """
     found: dict[Path, dict] = {}
     for seed in {flags["seed"] for flags in cells}:
         of_seed = [flags for flags in cells if flags["seed"] == seed]
         known = [[recalled(line, flags) for line in lines_of(lines, flags)] for flags in of_seed]
+        for results, flags in zip(known, of_seed, strict=True):
+            results += [done[flags["out"]]] if flags["out"] in done else []
         first, *others = [[made(result) for result in results] for results in known]
         here = made_here(study, of_seed[0])
         wanted = next((m for m in first if all(m in other for other in others)), here)
@@ -399,34 +403,31 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     """
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
     lines = recorded_lines(study)
-    from_lines = recorded(study, lines, [*cells_of.values()])
-    known = {out: finished(flags) for out, flags in cells_of.items()}
-    for out, flags in cells_of.items():
-        result = known[out]
-        if result is None and not checkpoints:
-            known[out] = from_lines.get(out)
-        elif result is not None and is_new(lines, flags, result):
-            record(study, flags, result)  # the study was stopped before it was recorded
-    missing = [flags for out, flags in cells_of.items() if known[out] is None]
+    done = {out: result for out, flags in cells_of.items() if (result := finished(flags))}
+    for out, result in done.items():
+        if is_new(lines, cells_of[out], result):  # the study was stopped before it was recorded
+            record(study, cells_of[out], result)
+    known = done if checkpoints else known_results(study, lines, done, [*cells_of.values()])
+    missing = [flags for out, flags in cells_of.items() if out not in known]
     if missing:
         need_labels(missing[0])
     donors = choose_donors(study, missing)
     donor_of = {flags["out"]: donors.get(warm_up(flags)) for flags in missing}
     first = [flags for flags in missing if donor_of[flags["out"]] in (None, flags["out"])]
     rest = [flags for flags in missing if flags not in first]
-    done = len(cells_of) - len(missing)
+    count = len(known)
     for wave in (first, rest):
         tasks = [(flags, donor_of[flags["out"]]) for flags in wave]
         for flags, result in run_all(tasks, study.jobs):
-            done += 1
+            count += 1
             if is_new(lines, flags, result):
                 record(study, flags, result)
             score, seconds = 100 * result["miou"], result["seconds"]
             name = flags["out"].name
             print(
-                f"[{done}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
+                f"[{count}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
             )
-    return [known[flags["out"]] or result_of(flags) for flags in cells]
+    return [known.get(flags["out"]) or result_of(flags) for flags in cells]
 
 
 def is_new(lines: Recorded, flags: Flags, result: dict) -> bool:

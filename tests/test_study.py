@@ -648,19 +648,29 @@ def test_study_recorded_runs_of_a_seed_come_from_one_machine(tmp_path):
     here, threads, version = runs.made_here(asked, asked.cell(0))
     cells = [asked.cell(0, method=method) for method in ("tan", "clan")]
 
-    def answers(*lines: tuple[int, str, float], of: runs.Study = asked) -> list[float | None]:
-        """Scores of the two cells, where `lines` are recorded: cell, machine, score."""
+    def answers(
+        *lines: tuple[int, str, float], of: runs.Study = asked, done: float | None = None
+    ) -> list[float | None]:
+        """Scores of the two cells, where `lines` are recorded: cell, machine, score.
+
+        done: the score of the first cell in a run folder of this machine.
+        """
         (tmp_path / f"{TASK}.jsonl").unlink(missing_ok=True)
         for i, name, score in lines:
             result = {"miou": score, "before": {}, "threads": threads, "torch": version}
             runs.record(asked, cells[i], result | {"commit": "c", "machine": name})
-        found = runs.recorded(of, runs.recorded_lines(asked), cells)
+        of_folder = {"miou": done, "machine": here, "threads": threads, "torch": version}
+        folders = {cells[0]["out"]: of_folder} if done else {}
+        found = runs.known_results(of, runs.recorded_lines(asked), folders, cells)
         return [found.get(cell["out"], {}).get("miou") for cell in cells]
 
     assert answers((0, "a", 0.1), (1, "a", 0.2), (0, here, 0.3), (1, here, 0.4)) == [0.1, 0.2]
     assert answers((0, "a", 0.1), (0, "b", 0.2), (1, "b", 0.3)) == [0.2, 0.3]
     assert answers((0, "a", 0.1), (0, here, 0.2), (1, "b", 0.3)) == [0.2, None]
     assert answers((0, "a", 0.1)) == [None, None]
+    assert answers((0, "a", 0.1), (1, "a", 0.2), done=0.3) == [0.1, 0.2]
+    assert answers((1, "a", 0.2), done=0.3) == [0.3, None]
+    assert answers((1, here, 0.2), (1, "a", 0.1), done=0.3) == [0.3, 0.2]
     trials = replace(asked, unpaired=True)
     assert answers((0, "a", 0.1), (1, "b", 0.2), (1, here, 0.3), of=trials) == [0.1, 0.3]
 
