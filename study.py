@@ -155,8 +155,9 @@ COMMANDS = {
     "photographs": Command(photographs, set(), (0, 1, 2)),
     "dusk": Command(dusk, set(), (0, 1, 2)),
 }
-# For tuning, of other runs, or of photographs.
-NOT_IN_ALL = ("instrument", "sweep", "tune", "ranking", "trials", "fourier", "photographs", "dusk")
+# For tuning, of other runs, of photographs, or of a second stage.
+NOT_IN_ALL: tuple[str, ...] = ("instrument", "sweep", "tune", "ranking", "photographs", "dusk")
+NOT_IN_ALL += ("trials", "fourier", "signs", "second", "reliable")
 QUICK = {"steps": 120, "adv_start": 80, "eval_every": 20}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets
