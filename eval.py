@@ -346,7 +346,10 @@ def said_before(file: Path, checkpoint: Path) -> dict:
     """What an earlier score of this checkpoint says, such as the student's beside it. Else {}."""
     if not file.exists():
         return {}
-    earlier = json.loads(file.read_text())
+    try:
+        earlier = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: delete it") from error
     return earlier if earlier.get("checkpoint") == str(checkpoint) else {}
 
 
@@ -380,6 +383,12 @@ def evaluate_main(args: argparse.Namespace) -> None:
             f"{tgt} {args.split} has no labels to score with: add them, give "
             "--save-predictions, or use eval.py predict"
         )
+    out = args.run if args.run.is_dir() else args.run.parent
+    of_the_run = not settings or (tgt, args.split) == (settings["tgt"], settings["split"])
+    name = "eval" if of_the_run else f"eval-{tgt}-{args.split}"  # keeps the run's own score
+    file = out / f"{name}.json"
+    same_images = not (args.tgt_size or args.tgt_dir)
+    earlier = said_before(file, path) if same_images else {}
     source = source_classes(src, metadata, folder_of(src, args.src_dir, "src_dir"))
     G, _ = load_generator(
         path,
@@ -412,7 +421,6 @@ def evaluate_main(args: argparse.Namespace) -> None:
         return
     result = report(confusion, source, target)
 
-    out = args.run if args.run.is_dir() else args.run.parent
     paper = paper_row(src, tgt, backbone, settings.get("method", "clan"))
     if "miou" in result:
         console.print(score_table(f"{src} to {tgt} {args.split}", {"%": result, "paper": paper}))
@@ -421,10 +429,7 @@ def evaluate_main(args: argparse.Namespace) -> None:
     if result["left_out"]:
         console.print(f"not scored, in one data set only: {', '.join(result['left_out'])}")
     result |= {"checkpoint": str(path), "settings": settings}
-    of_the_run = not settings or (tgt, args.split) == (settings["tgt"], settings["split"])
-    name = "eval" if of_the_run else f"eval-{tgt}-{args.split}"  # keeps the run's own score
-    file = out / f"{name}.json"
-    file.write_text(json.dumps(said_before(file, path) | result, indent=1))
+    file.write_text(json.dumps(earlier | result, indent=1))
     figure = draw(target, to_source_ids, {"prediction": G}, device, source.classes)
     figure.savefig(out / f"{name}.png", dpi=DPI)
     console.print(

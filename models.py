@@ -195,24 +195,26 @@ class SameConv(nn.Conv2d):
         self.trained_stride, self.dense = stride, dense
 
     def pads(self, size: int) -> tuple[int, int]:
-        """(before, after) for stride 2: an even size has one less before."""
+        """(before, after). For stride 2 an even size has one less before."""
         kernel, dilation = self.kernel_size[0], self.dilation[0]
+        if self.trained_stride == 1:
+            return dilation * (kernel // 2), dilation * (kernel // 2)
         size = (size + dilation - 1) // dilation  # the grid of the strided network
         before = kernel // 2 - 1 + size % 2
         after = kernel - 1 - before if self.dense else kernel // 2
         return dilation * before, dilation * after
 
     def forward(self, x: Tensor) -> Tensor:
-        dilation, same = self.dilation[0], self.dilation[0] * (self.kernel_size[0] // 2)
-        by_taps = dilation > 1 and self.groups == self.in_channels and x.device.type == "cpu"
-        if by_taps and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
-            before = (same, same)
-            if self.dense:
-                before = (self.pads(x.shape[-2])[0], self.pads(x.shape[-1])[0])
-            return DilatedDepthwise.apply(x, self.weight, dilation, before)
+        rows, columns = self.pads(x.shape[-2]), self.pads(x.shape[-1])
+        by_taps = self.dilation[0] > 1 and self.stride[0] == 1 and self.groups == self.in_channels
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            by_taps = False
+        if by_taps and x.device.type == "cpu":
+            before = rows[0], columns[0]
+            return DilatedDepthwise.apply(x, self.weight, self.dilation[0], before)
         if self.trained_stride == 1:  # symmetric padding for every size: no copy needed
-            return F.conv2d(x, self.weight, None, 1, same, self.dilation, self.groups)
-        return super().forward(F.pad(x, (*self.pads(x.shape[-1]), *self.pads(x.shape[-2]))))
+            return F.conv2d(x, self.weight, None, 1, rows[0], self.dilation, self.groups)
+        return super().forward(F.pad(x, (*columns, *rows)))
 
 
 class DilatedDepthwise(torch.autograd.Function):
@@ -255,16 +257,15 @@ def taps(
 ) -> Iterator[tuple[int, int, tuple, tuple]]:
     """(i, j, to, at): tap (i, j) of a filter multiplies x[at] into y[to]. The rest meets zeros."""
 
-    def overlap(shift: int, size: int) -> tuple[slice, slice]:
-        return slice(max(0, -shift), size - max(0, shift)), slice(
-            max(0, shift), size + min(0, shift)
-        )
+    def inside(shift: int, size: int) -> slice:
+        """The positions that are still in the image when they are moved by `shift`."""
+        return slice(max(0, -shift), size - max(0, shift))
 
     for i, j in itertools.product(range(kernel), repeat=2):
         down, right = dilation * i - before[0], dilation * j - before[1]
         if abs(down) < height and abs(right) < width:
-            (to_y, at_y), (to_x, at_x) = overlap(down, height), overlap(right, width)
-            yield i, j, (..., to_y, to_x), (..., at_y, at_x)
+            to = (..., inside(down, height), inside(right, width))
+            yield i, j, to, (..., inside(-down, height), inside(-right, width))
 
 
 def lite_norm(channels: int) -> nn.BatchNorm2d:

@@ -138,11 +138,11 @@ def key_of(settings: dict, seed: int) -> str:
     return json.dumps([settings, seed], sort_keys=True)
 
 
-Recorded = dict[str, list[dict]]  # the lines of `results/` by what they compute
+Recorded = dict[str, list[dict]]  # results by what they compute, in the order of their file
 
 
 def recorded_lines(study: Study) -> Recorded:
-    """The recorded runs, in the order of the file. One run may be there from several machines.
+    """The recorded results. One run may be there from several machines.
 
     A field that is newer than a line had its default in that run. A line without what the studies
     of today read is not taken.
@@ -157,7 +157,8 @@ def recorded_lines(study: Study) -> Recorded:
         settings = line["settings"]
         counts = same_run(usual_fields() | settings)  # with today's fields
         if "before" in line["result"] or not METHODS[settings["method"]].reads_target:
-            found.setdefault(key_of(counts, line["seed"]), []).append(line)
+            result = line["result"] | {key: line[key] for key in ("commit", "machine")}
+            found.setdefault(key_of(counts, line["seed"]), []).append(result)
     return found
 
 
@@ -184,15 +185,15 @@ def known_results(
     found: dict[Path, dict] = {}
     for seed in {flags["seed"] for flags in cells}:
         of_seed = [flags for flags in cells if flags["seed"] == seed]
-        known = [[recalled(line, flags) for line in lines_of(lines, flags)] for flags in of_seed]
-        for results, flags in zip(known, of_seed, strict=True):
-            results += [done[flags["out"]]] if flags["out"] in done else []
+        folders = [[done[flags["out"]]] if flags["out"] in done else [] for flags in of_seed]
+        known = [lines_of(lines, flags) + f for flags, f in zip(of_seed, folders, strict=True)]
         first, *others = [[made(result) for result in results] for results in known]
         here = made_here(study, of_seed[0])
         wanted = next((m for m in first if all(m in other for other in others)), here)
         for flags, results in zip(of_seed, known, strict=True):
             best = [r for r in results if made(r) == wanted] or results * study.unpaired
-            found |= {flags["out"]: best[0]} if best else {}
+            place = {"settings": all_fields(flags), "checkpoint": str(flags["out"])}
+            found |= {flags["out"]: place | best[0]} if best else {}
     return found
 
 
@@ -201,12 +202,6 @@ def made_here(study: Study, flags: Flags) -> tuple[str, ...]:
     device = find_device(configure(flags)[0].device)
     threads = threads_of(study.jobs)
     return f"{machine(device, threads)} a run", str(threads), str(torch.__version__)
-
-
-def recalled(line: dict, flags: Flags) -> dict:
-    """A recorded line in the form of `run_cell`'s result."""
-    place = {"settings": all_fields(flags), "checkpoint": str(flags["out"])}
-    return line["result"] | {k: line[k] for k in ("commit", "machine")} | place
 
 
 def record(study: Study, flags: Flags, result: dict) -> None:
@@ -432,7 +427,7 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
 
 def is_new(lines: Recorded, flags: Flags, result: dict) -> bool:
     """Whether no line holds this run as this machine computes it."""
-    return made(result) not in [made(recalled(line, flags)) for line in lines_of(lines, flags)]
+    return made(result) not in map(made, lines_of(lines, flags))
 
 
 def need_labels(flags: Flags) -> None:

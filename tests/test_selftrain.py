@@ -340,6 +340,14 @@ def test_selftrain_a_second_stage_starts_from_a_run_and_its_result_is_the_teache
     evaluation.main([str(out)])
     again = json.loads((out / "eval.json").read_text())
     assert again["student"] == result["student"] and again["before"] == result["before"]
+    (out / "eval.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"eval\.json is damaged: delete it"):
+        evaluation.main([str(out)])
+    (out / "eval.json").write_text(json.dumps(again))
+    evaluation.main([str(out), "--tgt-size", "16", "32"])  # the student has no score of this size
+    assert "student" not in json.loads((out / "eval.json").read_text())
+    capsys.readouterr()
+    evaluation.main([str(out)])
     rows = [line for line in capsys.readouterr().out.splitlines() if "mIoU" in line]
     assert any(f"{100 * result['miou']:.1f}" in line for line in rows)
     assert {"seg", "st", "kept", "m", "grad"} <= steps_logged(out)[0].keys()
