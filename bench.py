@@ -17,6 +17,7 @@ separate process. With --json the last line is one JSON object.
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -24,6 +25,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+# Imports may swallow Ctrl-C or abort on it. Until they are done it ends the program at once.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -35,7 +40,7 @@ import clan
 import data
 import eval as evaluation
 from checkpoints import commit
-from devices import does_not_fit, find_device, machine
+from devices import does_not_fit, find_device, has_bfloat16, machine
 from gpu import PARTS, bench_gpu
 from measure import (
     FILES,
@@ -121,7 +126,7 @@ def bench_step(args, console: Console) -> dict:
     cases = {"plain": plain, "ours": ours}
     if ours.batch > 1:
         cases["plain, our batch"] = replace(plain, batch=ours.batch)
-    if args.device == "cpu" and not args.amp:
+    if args.device == "cpu" and not args.amp and has_bfloat16(torch.device("cpu")):
         cases["ours, bf16"] = replace(ours, precision="bf16")
     if args.device != "cpu":  # float32 of the released code's time, and that of torch today
         cases = {"plain": plain, "plain, TF32": replace(plain, precision="tf32"), **cases}
@@ -364,4 +369,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -63,13 +63,20 @@ def find_device(name: str = "auto") -> torch.device:
         raise ValueError(f"--device {name} is not available ({first}): use cpu") from error
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device itself computes in bfloat16. Emulated, it is many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def uses_bfloat16(amp: str, device: torch.device) -> bool:
     """Whether a run with this --amp computes in bfloat16 on this device.
 
     "auto" takes it on a GPU that has it: from NVIDIA's Ampere generation on. Older ones emulate it.
     """
     if amp == "auto" and device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return has_bfloat16(device)
     return amp == "bf16"
 
 

@@ -354,7 +354,7 @@ def repeated(scale: Scale) -> Iterator[Row]:
         }
     for choice in ("deterministic", "auto"):
         choose_algorithms(choice)
-        for name, operation in operations(scale.device).items():
+        for name, operation in operations(scale).items():
             what = f"gradient of {name}, four times, --cudnn {choice}"
             yield {"what": what, "same bits": same_each_time(operation, scale.device)}
     choose_algorithms("auto")
@@ -371,15 +371,17 @@ def state_after(case: Case, scale: Scale) -> dict[str, torch.Tensor]:
     return checkpoints.pack(subject.G, subject.D, subject.opt_g, subject.opt_d, {})
 
 
-def operations(device: str) -> dict[str, tuple[Any, list[torch.Tensor]]]:
+def operations(scale: Scale) -> dict[str, tuple[Any, list[torch.Tensor]]]:
     """The operations of a step whose gradients may add in a random order, with their inputs."""
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device)
+        return torch.randn(shape, device=scale.device)
 
-    maps, probabilities = noise(1, 19, 65, 129), noise(1, 19, 512, 1024).softmax(1)
-    features, size = noise(1, 256, 65, 129), (512, 1024)
-    labels = torch.randint(0, 19, (1, 512, 1024), device=device)
+    size = scale.crops[2:]
+    h, w = (side // 8 + 1 for side in size)  # the grid of G's features
+    maps, probabilities = noise(1, 19, h, w), noise(1, 19, *size).softmax(1)
+    features = noise(1, 256, h, w)
+    labels = torch.randint(0, 19, (1, *size), device=scale.device)
     return {
         "up-sampling by products": (lambda x: clan.upsample_by_products(x, size), [maps]),
         "up-sampling by F.interpolate": (lambda x: interpolated(x, size), [maps]),

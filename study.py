@@ -20,6 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+# Imports may swallow Ctrl-C or abort on it. Until they are done it ends the program at once.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from control import (
     MAIN,
     SEEDS,
@@ -270,4 +274,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

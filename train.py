@@ -12,12 +12,17 @@ import contextlib
 import errno
 import itertools
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# Imports may swallow Ctrl-C or abort on it. Until they are done it ends the program at once.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -678,4 +683,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -329,6 +329,17 @@ def test_train_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path,
             assert_equal(load_file(parts / name), load_file(whole / name))
 
 
+@pytest.mark.parametrize("program", ("train.py", "eval.py", "study.py", "bench.py"))
+def test_a_ctrl_c_during_the_imports_ends_the_program(tmp_path, program):
+    """Also where a library would swallow it, as torch does in places; C++ code aborts on it."""
+    deaf = "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "torch.py").write_text(f"import os, signal\n{deaf}")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(HERE / program)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT, done.stderr
+
+
 # Many processes.
 
 
