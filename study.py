@@ -162,7 +162,7 @@ COMMANDS = {
 # For tuning, of other runs, of photographs, or of a second stage.
 NOT_IN_ALL: tuple[str, ...] = ("instrument", "sweep", "tune", "ranking", "photographs", "dusk")
 NOT_IN_ALL += ("trials", "fourier", "signs", "second", "reliable")
-QUICK = {"steps": 120, "adv_start": 80, "eval_every": 20}  # flags of --quick
+QUICK = {"steps": 100, "adv_start": 80, "eval_every": 10}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets
 
@@ -199,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("what", choices=[*COMMANDS, "all"], metavar="STUDY", help="one, or all")
     top.add_argument("--seeds", type=seeds_of, help="such as 0,1,2 [0 to 4, but for some studies]")
-    top.add_argument("--quick", action="store_true", help="streets: short runs, two seeds")
+    top.add_argument("--quick", action="store_true", help="streets: short runs, a seed or two")
     top.add_argument("--jobs", type=count_of, help="runs at a time [1]")
     top.add_argument("--runs", type=Path, help="where runs go [runs/study]")
     top.add_argument("--to", type=Path, help="where results go [that of --runs]")
@@ -233,7 +233,7 @@ def parse(argv: list[str]) -> dict[str, Study]:
         if configure(flags)[0].backbone != "tiny":
             raise ValueError("--quick is for streets: give --steps and --seeds instead")
         flags, runs, images = QUICK | flags, Path("runs") / "study-quick", 100
-        seeds = dict.fromkeys(asked, (0, 1))
+        seeds = {name: (0, 1) if len(seeds[name]) >= 5 else (0,) for name in asked}
     usual = runs == Path("runs") / "study" and "runs" not in of_study
     runs = of_study.pop("runs", runs)
     results = Path("results") if usual else runs / "results"  # trials of one's own go elsewhere
