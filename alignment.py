@@ -57,9 +57,9 @@ class PixelD(nn.Module):
         return self.layers(x).float()
 
 
-def check_dropout(share: float) -> None:
-    if not 0 <= share < 1:
-        raise ValueError("d_dropout must be in [0, 1)")
+def check_pixel_d(width: int, dropout: float) -> None:
+    if width < 2 or not 0 <= dropout < 1:
+        raise ValueError("d_width must be at least 2, and d_dropout in [0, 1)")
 
 
 def feature_channels(G: Generator) -> int:
@@ -116,11 +116,12 @@ class CycadaHyper(Hyper):
 
     gate: float = 0.6  # G moves while D's mean accuracy is above it (its code: 0.6)
     gate_steps: int = 100  # the steps over which this mean is taken (its code: 100)
+    d_width: int = 512  # channels of D's first layer, twice those of its second (its code: 512)
     d_dropout: float = 0.5  # share of D's channels that are dropped (its code: 0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_dropout(self.d_dropout)
+        check_pixel_d(self.d_width, self.d_dropout)
         if self.gate_steps < 1 or not 0 <= self.gate < 1:
             raise ValueError("gate_steps must be at least 1, and gate in [0, 1)")
 
@@ -130,7 +131,7 @@ CYCADA_TUNED: Axes = (ADVERSARIAL_RATES, RATES_OF_D)
 
 
 def cycada_d(G: Generator, hyper: CycadaHyper) -> PixelD:
-    return PixelD(G.num_classes, (512, 256), hyper.d_dropout)
+    return PixelD(G.num_classes, (hyper.d_width, hyper.d_width // 2), hyper.d_dropout)
 
 
 def cycada_step(
@@ -182,11 +183,12 @@ class FcnsWildHyper(Hyper):
     lambda_size: float = 0.1  # weight of the loss of class sizes (third party: a tenth of the rate)
     slack: float = 2.0  # largest price of a lower bound (third party: 2)
     solver_steps: int = 50  # of the dual problem
+    d_width: int = 1024  # channels of D's two hidden layers (third party: 1024)
     d_dropout: float = 0.5  # share of D's channels that are dropped (third party: 0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_dropout(self.d_dropout)
+        check_pixel_d(self.d_width, self.d_dropout)
         if self.solver_steps < 1 or min(self.lambda_size, self.slack) < 0:
             raise ValueError("solver_steps must be at least 1; lambda_size, slack not negative")
 
@@ -195,7 +197,7 @@ FCNS_WILD_TUNED: Axes = (ADVERSARIAL_RATES, ("lambda_size", (0.01, 0.03, 0.1, 0.
 
 
 def fcns_wild_d(G: Generator, hyper: FcnsWildHyper) -> PixelD:
-    return PixelD(feature_channels(G), (1024, 1024), hyper.d_dropout)
+    return PixelD(feature_channels(G), (hyper.d_width, hyper.d_width), hyper.d_dropout)
 
 
 def class_sizes(labels: Iterable[Tensor], num_classes: int) -> Tensor:
@@ -273,8 +275,8 @@ def fcns_wild_step(
 ) -> tuple[Tensor, Terms, Predictions | None]:
     """Source only + lambda_adv * confusion of D on both domains + lambda_size * class sizes.
 
-    Differs: the three losses are one step (third party: three), and sizes are of crops if G's
-    images are (--no-crop).
+    Differs: the three losses are one step (third party: three), lambda_adv does not rise from 0,
+    whole channels of D are dropped, and sizes are of crops if G's images are (--no-crop).
     """
     f_source = G.features(batch.source)
     loss, terms = source_loss(heads(G, f_source), batch, phase, hyper)
@@ -314,14 +316,14 @@ class CrossCityHyper(Hyper):
 
     lambda_class: float = 0.001  # weight of the class-wise losses (paper: not known)
     class_start: float = 0.1  # share of the adaptation before these begin (code: 1000 of 10,000)
-    cell_channels: int = 64  # width of each D (code: 1024)
+    d_width: int = 64  # channels of the hidden layers of each D (code: 1024)
     d_dropout: float = 0.5  # share of D's channels that are dropped (code: 0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_dropout(self.d_dropout)
-        if not 0 <= self.class_start <= 1 or self.cell_channels < 1:
-            raise ValueError("0 <= class_start <= 1, and cell_channels must be at least 1")
+        check_pixel_d(self.d_width, self.d_dropout)
+        if not 0 <= self.class_start <= 1:
+            raise ValueError("class_start must be in [0, 1]")
 
 
 CROSS_CITY_TUNED: Axes = (ADVERSARIAL_RATES, ("lambda_class", (0.0003, 0.001, 0.003, 0.01)))
@@ -337,8 +339,8 @@ class CellPredictions(NamedTuple):
 
 
 def cross_city_d(G: Generator, hyper: CrossCityHyper) -> PixelD:
-    width = hyper.cell_channels
-    return PixelD(feature_channels(G), (width, width), hyper.d_dropout, 1 + G.num_classes)
+    widths = hyper.d_width, hyper.d_width
+    return PixelD(feature_channels(G), widths, hyper.d_dropout, 1 + G.num_classes)
 
 
 def cell_labels(labels: Tensor, num_classes: int, size: Sequence[int]) -> Tensor:
@@ -360,8 +362,9 @@ def cross_city_step(
 ) -> tuple[Tensor, Terms, CellPredictions | None]:
     """Source only + lambda_adv * global + lambda_class * class-wise, with swapped domains.
 
-    Differs: one step of G (the code: three); the code has the mean of both domains' labels in G's
-    class-wise loss where the paper swaps them.
+    Differs: one step of G (the code: three), and lambda_adv does not rise from 0. The D of the
+    classes learn from adv_start on, before G follows them. The code has the mean of both domains'
+    labels in G's class-wise loss where the paper swaps them.
     """
     f_source = G.features(batch.source)
     logits = heads(G, f_source)

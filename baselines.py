@@ -100,10 +100,10 @@ def late_clan_step(
 def entropy_parts(p: Tensor) -> Tensor:
     """-p log p / log C of probabilities p over C, B C H W. Their sum over C lies in [0, 1].
 
-    0 where p is 0. The even distribution has a sum of 1.
+    0 where p is 0, and its gradient is finite there. The even distribution has a sum of 1.
     """
     p = p.to(torch.promote_types(p.dtype, torch.float32))
-    return -torch.xlogy(p, p) / math.log(p.shape[1])
+    return -p * p.clamp(min=1e-30).log() / math.log(p.shape[1])
 
 
 def entropy_loss(p: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ MINENT_TUNED: Axes = (("lambda_ent", (0.003, 0.03, 0.3, 3.0)), ("lambda_ent", ()
 def minent_step(
     G: Generator, D: None, batch: Batch, phase: Phase, hyper: MinEntHyper
 ) -> tuple[Tensor, Terms, None]:
-    """Source only + lambda_ent * entropy of the target. Nothing differs from the original."""
+    """Source only + lambda_ent * entropy of the target: the original with one level."""
     loss, terms = source_loss(G(batch.source), batch, phase, hyper)
     if not phase.adversarial:
         return loss, terms, None
@@ -190,7 +190,9 @@ def mcd_step(
     """Step A: source only with a loss for each head, for E, C1 and C2.
 
     Differs: the heads are score layers alone, and it begins with a warm-up. The original's heads
-    for VGG have fully connected layers of their own, and heads learn as fast as E.
+    for VGG have fully connected layers of their own, and heads learn as fast as E. With
+    --batchnorm batch each of its forward passes moves BatchNorm's running statistics; "before"
+    and "running" do not.
     """
     each = replace(hyper, seg_heads="each") if phase.adversarial else hyper
     return *source_loss(G(batch.source), batch, phase, each), None
@@ -285,12 +287,12 @@ class SelfTrainingHyper(Hyper):
     rounds: int = 3  # rounds of labelling and learning (its code: 3 with ResNet-101)
     portion: float = 0.2  # share of the pixels that the first round labels (paper: 0.2)
     portion_step: float = 0.05  # by which it grows each round (paper: 0.05)
-    portion_max: float = 0.5  # its largest value (paper: 0.5)
+    portion_max: float = 0.5  # it grows no further (paper: 0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounds < 1 or not 0 < self.portion <= self.portion_max <= 1:
-            raise ValueError("rounds must be at least 1, and 0 < portion <= portion_max <= 1")
+        if self.rounds < 1 or not (0 < self.portion <= 1 and 0 < self.portion_max <= 1):
+            raise ValueError("rounds must be at least 1; portion and portion_max in (0, 1]")
 
 
 SELF_TRAINING_TUNED: Axes = (
@@ -326,7 +328,8 @@ def new_round(
             p = ensemble(G(batch), batch.shape[-2:]).softmax(dim=1)
             counts += confidence_counts(p).cpu()
     counts = over_processes(counts)
-    portion = min(hyper.portion + number * hyper.portion_step, hyper.portion_max)
+    grown = min(hyper.portion + number * hyper.portion_step, hyper.portion_max)
+    portion = max(hyper.portion, grown)
     thresholds = class_thresholds(counts, portion, balanced)
     device = next(G.parameters()).device
     state = {f"labeller.{k}": v.detach().clone() for k, v in G.state_dict().items()}

@@ -60,7 +60,8 @@ class Study:
     curve_class: str  # the class whose cluster distance over training is drawn
     numbers: int  # how many of a method's numbers are chosen, the first ones
     command: str
-    unpaired: bool = False  # its runs are not compared seed by seed
+    # Trials: runs that are not compared seed by seed, and may diverge.
+    unpaired: bool = False
 
     @property
     def task(self) -> str:
@@ -108,7 +109,7 @@ RESULT = "study.json"  # of a finished run: its scores, time and machine
 # What is recorded of a result besides where it was made.
 KEPT: tuple[str, ...] = ("miou", "miou_13", "miou_before", "iou", "images", "left_out")
 KEPT += ("seconds", "threads", "mean_weight", "d_loss", "d_source", "d_target")
-KEPT += (*train.UNLABELLED, "before", "student", "curve", "date", "torch")
+KEPT += (*train.UNLABELLED, "before", "student", "curve", "terms", "diverged", "date", "torch")
 
 
 def same_run(fields: dict) -> dict:
@@ -156,7 +157,8 @@ def recorded_lines(study: Study) -> Recorded:
             raise ValueError(f"{path}, line {number}, is damaged: delete this line") from error
         settings = line["settings"]
         counts = same_run(usual_fields() | settings)  # with today's fields
-        if "before" in line["result"] or not METHODS[settings["method"]].reads_target:
+        read_today = {"before", "diverged"} & line["result"].keys()
+        if read_today or not METHODS[settings["method"]].reads_target:
             result = line["result"] | {key: line[key] for key in ("commit", "machine")}
             found.setdefault(key_of(counts, line["seed"]), []).append(result)
     return found
@@ -310,8 +312,11 @@ def first_tensors(settings: Settings, hyper: clan.Hyper, num_classes: int) -> di
     return pack(G, D, *train.build_optimizers(G, D, hyper), state)
 
 
-def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
-    """One run to its end: from its last checkpoint, from a donor's warm-up, or from step 0."""
+def run_cell(flags: Flags, donor: Path | None, threads: int | None, trial: bool = False) -> dict:
+    """One run to its end: from its last checkpoint, from a donor's warm-up, or from step 0.
+
+    A trial that diverges in adaptation has a result too: mIoU 0, and `diverged` says where.
+    """
     if threads:
         torch.set_num_threads(threads)
     settings, hyper = configure(flags)
@@ -321,14 +326,20 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
         if start is None and donor and (donor / BEFORE).exists():
             start = adopt(donor, flags)
         with (out / "log.txt").open("a") as file, contextlib.redirect_stdout(file):
-            result = train.train(settings, hyper, start, Console(file=file))
+            try:
+                result = train.train(settings, hyper, start, Console(file=file))
+            except FloatingPointError as error:
+                if not trial or not last_checkpoint(out):
+                    raise
+                result = {"miou": 0.0, "diverged": str(error), "settings": all_fields(flags)}
+                result["checkpoint"] = str(last_checkpoint(out))
     if "miou" not in result:
         raise ValueError(f"{out}: {evaluation.no_score(result, settings.tgt)}; studies need one")
     result["seconds"] = time.monotonic() - since
     result["machine"] = machine(find_device(settings.device)) + " a run"
     result["threads"] = torch.get_num_threads()
     result |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    result |= logged(flags, result)
+    result |= logged(flags, result) if "diverged" not in result else {}
     result["commit"] = read_metadata(Path(result["checkpoint"]))["commit"]
     temporary = out / f"{RESULT}.tmp"
     temporary.write_text(json.dumps(result))
@@ -339,9 +350,10 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None) -> dict:
 def logged(flags: Flags, result: dict) -> dict:
     """What a finished run's log says of the steps from adv_start on.
 
-    The mean weight of Eq. 5; means of D's loss and answers over the last fifth of them; and the
-    curve, a row for each score on the target from adv_start to the last step: `miou`, `iou` and
-    `shares` in the order of those of the result, `confidence`, `m`, and D's last answers.
+    The mean weight of Eq. 5; means of D's loss and answers over the last fifth of them, and
+    `terms`, the same of all that is logged; and the curve, a row for each score on the target from
+    adv_start to the last step: `miou`, `iou` and `shares` in the order of those of the result,
+    `confidence`, `m`, and D's last answers.
     """
     _, hyper = configure(flags)
     found: dict[str, Any] = {}
@@ -353,6 +365,10 @@ def logged(flags: Flags, result: dict) -> dict:
         if answers:
             last = answers[-max(1, len(answers) // 5) :]
             found[name] = float(np.mean([line[key] for line in last]))
+    adapted = [line for line in lines if "seg" in line and line["step"] > hyper.adv_start]
+    last = adapted[-max(1, len(adapted) // 5) :]
+    others = [k for k in (last[-1] if last else {}) if k != "step" and not k.startswith("target_")]
+    found["terms"] = {k: float(f"{np.mean([x[k] for x in last]):.4g}") for k in others}
     scores = {x["step"]: x for x in lines if "target_iou" in x and x["step"] > hyper.adv_start}
     points = {hyper.adv_start: result["before"]} if "before" in result else {}
     for step in sorted(scores):
@@ -413,7 +429,7 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     count = len(known)
     for wave in (first, rest):
         tasks = [(flags, donor_of[flags["out"]]) for flags in wave]
-        for flags, result in run_all(tasks, study.jobs):
+        for flags, result in run_all(tasks, study.jobs, study.unpaired):
             count += 1
             if is_new(lines, flags, result):
                 record(study, flags, result)
@@ -475,10 +491,10 @@ def run_groups(study: Study, groups: dict, checkpoints: bool = False) -> dict:
     return {name: [next(results) for _ in group] for name, group in groups.items()}
 
 
-def run_all(tasks: list, jobs: int) -> Iterator[tuple[Flags, dict]]:
+def run_all(tasks: list, jobs: int, trials: bool = False) -> Iterator[tuple[Flags, dict]]:
     """(flags, result) of each task as it ends. If jobs > 1, each task has its own process."""
     if jobs == 1:
-        yield from ((flags, run_cell(flags, donor, None)) for flags, donor in tasks)
+        yield from ((flags, run_cell(flags, donor, None, trials)) for flags, donor in tasks)
         return
     threads = threads_of(jobs)
     fresh = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -489,7 +505,7 @@ def run_all(tasks: list, jobs: int) -> Iterator[tuple[Flags, dict]]:
             while waiting or running:
                 while waiting and len(running) < jobs:  # a queued run could not be stopped
                     flags, donor = waiting.pop(0)
-                    running[pool.submit(run_task, flags, donor, threads)] = flags
+                    running[pool.submit(run_task, flags, donor, threads, trials)] = flags
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield running.pop(future), future.result()
@@ -517,11 +533,11 @@ def leave_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def run_task(flags: Flags, donor: Path | None, threads: int) -> dict:
+def run_task(flags: Flags, donor: Path | None, threads: int, trial: bool) -> dict:
     """`run_cell` in a worker process. SIGTERM stops it at any point."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run_cell(flags, donor, threads)
+        return run_cell(flags, donor, threads, trial)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -140,6 +140,16 @@ OF_BACKBONE: dict[str, Flags] = {
 # What a method changes in its backbone's numbers. CDA's easy tasks are linear layers in D's place,
 # and learn nothing at D's rate.
 OF_METHOD: dict[str, Flags] = {"cda": {"lr_d": 0.01}}
+# And on one backbone: `study.py tune` chooses these. The D of a small network is narrow too, and
+# the second level has a fifth of lambda_adv, as in its code.
+OF_BOTH: dict[tuple[str, str], Flags] = {
+    ("tiny", "cycada"): {"d_width": 64},
+    ("tiny", "fcns_wild"): {"d_width": 128},
+    ("tiny", "multi"): {"lambda_adv_aux": 0.01},
+    ("lite0", "cycada"): {"d_width": 64},
+    ("lite0", "fcns_wild"): {"d_width": 128},
+    ("lite0", "multi"): {"lambda_adv_aux": 0.001},
+}
 
 # Of a second stage that goes on with another run (--method selftrain --init RUN).
 SECOND_STAGE: dict[str, Flags] = {
@@ -252,7 +262,8 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
     settings = Settings(**of_settings)
 
     numbers = asdict(clan.RECIPES[settings.recipe]) | defaults(settings)
-    numbers |= OF_METHOD.get(flags.get("method", clan.Hyper.method), {})
+    name = flags.get("method", clan.Hyper.method)
+    numbers |= OF_METHOD.get(name, {}) | OF_BOTH.get((settings.backbone, name), {})
     if flags.get("method") == "selftrain" and settings.init not in ("none", "imagenet"):
         numbers |= SECOND_STAGE.get(settings.backbone, {"adv_start": 0})
     numbers |= {k: v for k, v in flags.items() if k not in names}

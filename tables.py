@@ -7,7 +7,6 @@ The paper's numbers stand beside ours. They are of other networks.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -73,8 +72,8 @@ def table_1_and_2(study: Study) -> None:
 
     def gain(label: str, pick: Pick) -> list[str]:
         cells = [difference(group, results["source"], pick) for group in results.values()]
-        both = [(pick(p), pick(papers["source"])) for p in papers.values()]
-        paper_gains = ("-" if a is None or b is None else f"{100 * (a - b):+.1f}" for a, b in both)
+        both = [(pick(p), p["base"]) for p in papers.values()]  # of the system's own network
+        paper_gains = ("-" if a is None else f"{100 * (a - b):+.1f}" for a, b in both)
         return [label, *cells, *[""] * (paired + bool(bound)), *paper_gains]
 
     def closed(label: str, pick: Pick) -> list[str]:
@@ -127,13 +126,14 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
     """
     source, costs = results["source"], step_costs(study)
     rows = []
+    results = {m: results[m] for m in sorted(results, key=is_new)}  # the paper's rows first
     for method, group in results.items():
         pairs = points_apart(group, source)
         gain = "" if method == "source" else f"{np.mean(pairs):+.1f}{brackets(t_interval(pairs))}"
         rare = [spread(r["iou"].get(c) for c in INFREQUENT)[0] for r in group]
         lost = [lost_classes(*both) for both in zip(group, source, strict=True)]
         rows.append([
-            METHODS[method].label,
+            METHODS[method].label + " †" * is_new(method),
             mean_and_deviation(map(miou, group)),
             gain,
             mean_and_deviation(rare),
@@ -148,7 +148,10 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
         "Target mIoU in %, last checkpoint, mean ± standard deviation over seeds; the gain, paired "
         "by seed, with a 95 % interval by Student's t; mean IoU of the infrequent classes "
         f"({', '.join(INFREQUENT)}); how many classes end more than 2 points below source only. "
-        "Time and peak memory of a step of adaptation over those of source only's step. The "
+        f"Time and peak memory of a step of adaptation over those of source only's step, from "
+        f"{STEPS.format(configure(study.flags)[0].backbone)} beside the recorded runs (bench.py "
+        "step --method all); what a method does between two steps, such as labelling for a round, "
+        "is not in them. † not in the paper's tables. The "
         "paper's: mIoU with VGG-16 (of 13 classes on SYNTHIA), in brackets that of the source-only "
         "network that the row is compared with. These networks differ from each other and from "
         "ours. * The paper prints 36.1 for CBST on SYNTHIA. Its 13 classes average 40.7."
@@ -176,21 +179,18 @@ def step_costs(study: Study) -> dict[str, tuple[str, str]]:
 
 
 STEPS = "step-{}.json"  # written by bench.py step --method all, by backbone
-OWN_SOURCE = "source only ({}'s)"  # the paper's name of a system's own source-only network
+
+
+def is_new(method: str) -> bool:
+    """Whether the paper's tables have no row of this system."""
+    return not (of_paper("gta5", method) or of_paper("synthia", method))
 
 
 def of_paper(src: str, method: str) -> str:
     """The paper's mIoU with VGG-16, and that of its source-only network; '' if it has neither."""
-    tables = json.loads((Path(__file__).parent / "docs" / "paper_tables.json").read_text())
-    rows = {row["method"]: row for row in tables[src] if row["backbone"] == "vgg16"}
-    name = METHODS[method].label
-    if name not in rows:
+    row = evaluation.paper_row(src, "cityscapes", "vgg16", method)
+    if row is None:
         return ""
-    mean = float(np.mean([*rows[name]["iou"].values()]))
-    slip = " *" if abs(mean - rows[name]["miou"]) > 0.1 else ""
-    if method == "source":
-        return f"{mean:.1f}"
-    base = rows.get(OWN_SOURCE.format(name), rows["source only"])["miou"]
-    printed = rows[name]["miou"] - rows[name]["gain"]
-    base = printed if abs(printed - base) > 0.1 else base  # Cross-city's is not in the table
-    return f"{mean:.1f}{slip} ({base:.1f})"
+    mean = row["miou_13" if src == "synthia" else "miou"]
+    slip = " *" * (mean != row["printed"])
+    return f"{100 * mean:.1f}{slip}" + f" ({100 * row['base']:.1f})" * (method != "source")

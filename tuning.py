@@ -3,8 +3,8 @@
     python study.py sweep --jobs 2                  # TAN and CLAN, and what all methods share
     python study.py tune --methods all --jobs 2     # two numbers of each method
 
-No result is taken from these seeds or from dev. Every method has the same trials, and its best
-value lies inside the grid.
+No result is taken from these seeds or from dev. Every method has the same trials, and an edge of a
+grid is followed.
 """
 
 from dataclasses import dataclass, field, replace
@@ -236,12 +236,14 @@ def write_trials(study: Study, trials: Trials, best: dict[str, Values]) -> None:
     for (method, *values), group in trials.found.items():
         shown = ", ".join(f"{name} {value:g}" for name, value in values)
         chosen = "chosen" if dict(values) == best[method] else ""
+        chosen += " diverged" * any("diverged" in result for result in group)
         scores = mean_and_deviation(map(miou, group))
         rows.append([METHODS[method].label, shown, scores, chosen])
     split = configure(study.flags)[0].split
     note = (
         "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting. Each method "
-        "has the same number of trials. A number that is not named has its default."
+        "has two numbers with four values each, and two more where the best was an edge. A number "
+        "that is not named has its default. A run that diverged counts as 0."
     )
     named = {", ".join(map(str, key)): group for key, group in trials.found.items()}
     header = ["method", "numbers", f"mIoU on {split}", ""]

@@ -58,6 +58,9 @@ def test_baselines_entropy_is_the_sum_of_its_parts_and_1_where_all_are_even():
     assert baselines.entropy_loss(even).item() == pytest.approx(1)
     assert baselines.entropy_loss(sure).item() == 0
     assert gradcheck(lambda z: baselines.entropy_loss(z.softmax(dim=1)), p.log().requires_grad_())
+    z = torch.tensor([110.0, 0.0, 0.0]).view(1, 3, 1, 1).requires_grad_()  # p is 0 twice
+    (grad,) = torch.autograd.grad(baselines.entropy_loss(z.softmax(dim=1)), z)
+    assert grad.isfinite().all()
 
 
 def test_baselines_classifier_discrepancy_is_the_mean_of_absolute_differences():

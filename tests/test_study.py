@@ -760,6 +760,31 @@ def test_study_sweep_chooses_on_dev(scenes, tmp_path, monkeypatch):
     assert {json.loads(line)["settings"]["split"] for line in lines} == {"dev"}
 
 
+def test_study_a_trial_that_diverges_counts_as_0_and_is_recorded(monkeypatch, scenes, tmp_path):
+    """Other runs are not trials: there the error ends the study."""
+    found = study.parse(["tune", *CELLS, "--runs", str(tmp_path)])["tune"]
+    (start,) = runs.run_cells(replace(found, seeds=(10,)), [found.cell(10, method="tan")])
+    train_on = runs.train.train
+
+    def diverges(settings, hyper, resume, console):
+        assert resume is not None, "it begins with the donor's warm-up"
+        if hyper.lambda_adv == 0.1:
+            raise FloatingPointError("step 4: adv is nan")
+        return train_on(settings, hyper, resume, console)
+
+    monkeypatch.setattr(runs.train, "train", diverges)
+    cells = [found.cell(10, method="tan", lambda_adv=rate) for rate in (0.1, 0.02)]
+    with pytest.raises(FloatingPointError):
+        runs.run_cells(found, cells)
+    trials = replace(found, unpaired=True)
+    for _ in range(2):  # the second takes both from what is recorded
+        diverged, other = runs.run_cells(trials, cells)
+        assert diverged["miou"] == 0 and diverged["diverged"] == "step 4: adv is nan"
+        assert other["miou"] > 0 and "diverged" not in other
+        assert {"seg", "adv", "d"} <= start["terms"].keys() & other["terms"].keys()
+        shutil.rmtree(tmp_path / found.task, ignore_errors=True)
+
+
 def tuned(monkeypatch, tmp_path, methods: str, score_of, *flags) -> tuple[dict, dict]:
     """(chosen numbers, all trials) by label, where trials score what `score_of` says of Hyper."""
     made = {}
@@ -806,8 +831,9 @@ def test_study_tune_gives_each_method_eight_trials_and_follows_an_edge_once(monk
     rates = {0.0125, 0.025, 0.05, 0.1} | {0.00313, 0.00625}  # the best was an edge
     assert {t["lambda_adv"] for t in trials["tan"]} == rates
     assert len(trials["mcd"]) == 8, "no count below 1"
-    assert {t["portion"] for t in trials["cbst"]} == {0.1, 0.2, 0.35, 0.5}, "a share ends there"
-    assert len(trials["minent"]) == 8 and len(trials["cbst"]) == 8
+    shares = {0.1, 0.2, 0.35, 0.5, 0.714}
+    assert {t["portion"] for t in trials["cbst"]} == shares, "none above 1"
+    assert len(trials["minent"]) == 8 and len(trials["cbst"]) == 9
 
 
 def test_study_tune_of_one_number_leaves_the_other(monkeypatch, tmp_path):
