@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import clan
 from baselines import (
-    RATES_OF_D,
     Axes,
     Images,
     State,
@@ -127,7 +126,7 @@ class CycadaHyper(Hyper):
 
 
 ADVERSARIAL_RATES = ("lambda_adv", (0.003, 0.0125, 0.05, 0.2))
-CYCADA_TUNED: Axes = (ADVERSARIAL_RATES, RATES_OF_D)
+CYCADA_TUNED: Axes = (ADVERSARIAL_RATES, ("lr_d", (3.33e-4, 1e-3, 3e-3, 9e-3)))
 
 
 def cycada_d(G: Generator, hyper: CycadaHyper) -> PixelD:

@@ -36,8 +36,10 @@ State = dict[str, Tensor]  # of a method, saved in each checkpoint
 # The two numbers of a method that `study.py tune` chooses, one after the other, and their values
 # for tiny on streets. No values: four more of the first number, around its best.
 Axes = tuple[tuple[str, tuple[float, ...]], tuple[str, tuple[float, ...]]]
-RATES_OF_D = ("lr_d", (3.33e-5, 1e-4, 3e-4, 9e-4))
-TUNED: Axes = (("lambda_adv", (0.0125, 0.025, 0.05, 0.1)), RATES_OF_D)  # of TAN, CLAN, AdvEnt
+TUNED: Axes = (  # of TAN, CLAN, AdvEnt
+    ("lambda_adv", (0.0125, 0.025, 0.05, 0.1)),
+    ("lr_d", (3.33e-5, 1e-4, 3e-4, 9e-4)),
+)
 
 
 class Images(NamedTuple):
