@@ -295,6 +295,8 @@ class SelfTrainingHyper(Hyper):
         super().__post_init__()
         if self.rounds < 1 or not (0 < self.portion <= 1 and 0 < self.portion_max <= 1):
             raise ValueError("rounds must be at least 1; portion and portion_max in (0, 1]")
+        if self.portion_step < 0:
+            raise ValueError("portion_step must not be negative: the share grows")
 
 
 SELF_TRAINING_TUNED: Axes = (
@@ -308,6 +310,12 @@ def round_at(step: int, hyper: SelfTrainingHyper) -> int | None:
     length = (hyper.steps - hyper.adv_start) / hyper.rounds
     starts = [hyper.adv_start + math.ceil(r * length) for r in range(hyper.rounds)]
     return starts.index(step) if step in starts else None
+
+
+def portion_of(number: int, hyper: SelfTrainingHyper) -> float:
+    """The share that this round labels. It grows up to portion_max, or stays if it is above."""
+    grown = min(hyper.portion + number * hyper.portion_step, hyper.portion_max)
+    return max(hyper.portion, grown)
 
 
 def first_labeller(G: Generator, hyper: SelfTrainingHyper) -> State:
@@ -330,9 +338,7 @@ def new_round(
             p = ensemble(G(batch), batch.shape[-2:]).softmax(dim=1)
             counts += confidence_counts(p).cpu()
     counts = over_processes(counts)
-    grown = min(hyper.portion + number * hyper.portion_step, hyper.portion_max)
-    portion = max(hyper.portion, grown)
-    thresholds = class_thresholds(counts, portion, balanced)
+    thresholds = class_thresholds(counts, portion_of(number, hyper), balanced)
     device = next(G.parameters()).device
     state = {f"labeller.{k}": v.detach().clone() for k, v in G.state_dict().items()}
     return state | {"thresholds": thresholds.to(device)}

@@ -64,10 +64,11 @@ def find_device(name: str = "auto") -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device itself computes in bfloat16. Emulated, it is many times slower."""
+    """Whether the device, or on a CPU oneDNN, computes in bfloat16. Else it is emulated, slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    mkldnn = torch.backends.mkldnn.is_available()
+    return mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def uses_bfloat16(amp: str, device: torch.device) -> bool:

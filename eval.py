@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # Imports may swallow Ctrl-C or abort on it. Until they are done it ends the program at once.
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -371,6 +371,21 @@ def said_before(file: Path, checkpoint: Path) -> dict:
     return earlier if earlier.get("checkpoint") == str(checkpoint) else {}
 
 
+def eval_name(args: argparse.Namespace, settings: dict, metadata: dict, tgt: str) -> str:
+    """What the files of this score are called: `eval` if it is that of the run, else another name.
+
+    So the run keeps its own score. A folder counts by its name: it may have been moved.
+    """
+    if not settings:
+        return "eval"
+    of_the_run = (tgt, args.split) == (settings["tgt"], settings["split"])
+    if args.tgt_dir and settings.get("tgt_dir"):
+        of_the_run = of_the_run and args.tgt_dir.name == Path(settings["tgt_dir"]).name
+    resized = args.tgt_size and list(args.tgt_size) != metadata.get("tgt_size")
+    size = f"-{args.tgt_size[0]}x{args.tgt_size[1]}" if resized else ""
+    return "eval" if of_the_run and not resized else f"eval-{tgt}-{args.split}{size}"
+
+
 def evaluate_main(args: argparse.Namespace) -> None:
     console = Console()
     path = newest_checkpoint(args.run)
@@ -402,11 +417,9 @@ def evaluate_main(args: argparse.Namespace) -> None:
             "--save-predictions, or use eval.py predict"
         )
     out = args.run if args.run.is_dir() else args.run.parent
-    of_the_run = not settings or (tgt, args.split) == (settings["tgt"], settings["split"])
-    name = "eval" if of_the_run else f"eval-{tgt}-{args.split}"  # keeps the run's own score
+    name = eval_name(args, settings, metadata, tgt)
     file = out / f"{name}.json"
-    same_images = not (args.tgt_size or args.tgt_dir)
-    earlier = said_before(file, path) if same_images else {}
+    earlier = said_before(file, path)
     source = source_classes(src, metadata, folder_of(src, args.src_dir, "src_dir"))
     G, _ = load_generator(
         path,
@@ -535,5 +548,6 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

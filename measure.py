@@ -277,7 +277,8 @@ def block_inputs(G: Generator, batch: clan.Batch) -> list[tuple[torch.nn.Module,
 
 def ceiling(device: torch.device, precision: Precision) -> float:
     """Operations a second of one large matrix product: the highest speed of this device here."""
-    n = 8192 if device.type == "cuda" else 512  # seconds, also where bfloat16 is emulated
+    emulated = precision == "bf16" and not devices.has_bfloat16(device)
+    n = 8192 if device.type == "cuda" else 512 if emulated else 2048  # emulated: 100 times slower
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     products: Any = torch.backends.cuda.matmul

@@ -189,6 +189,8 @@ def known_results(
         of_seed = [flags for flags in cells if flags["seed"] == seed]
         folders = [[done[flags["out"]]] if flags["out"] in done else [] for flags in of_seed]
         known = [lines_of(lines, flags) + f for flags, f in zip(of_seed, folders, strict=True)]
+        if not study.unpaired:
+            known = [[r for r in results if "diverged" not in r] for results in known]
         first, *others = [[made(result) for result in results] for results in known]
         here = made_here(study, of_seed[0])
         wanted = next((m for m in first if all(m in other for other in others)), here)
@@ -315,7 +317,7 @@ def first_tensors(settings: Settings, hyper: clan.Hyper, num_classes: int) -> di
 def run_cell(flags: Flags, donor: Path | None, threads: int | None, trial: bool = False) -> dict:
     """One run to its end: from its last checkpoint, from a donor's warm-up, or from step 0.
 
-    A trial that diverges in adaptation has a result too: mIoU 0, and `diverged` says where.
+    A trial that diverges in adaptation has a result too: mIoU 0, and `diverged` says what happened.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -329,10 +331,11 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None, trial: bool 
             try:
                 result = train.train(settings, hyper, start, Console(file=file))
             except FloatingPointError as error:
-                if not trial or not last_checkpoint(out):
+                last = last_checkpoint(out)
+                if not (trial and last and read_metadata(last)["step"] >= hyper.adv_start):
                     raise
                 result = {"miou": 0.0, "diverged": str(error), "settings": all_fields(flags)}
-                result["checkpoint"] = str(last_checkpoint(out))
+                result["checkpoint"] = str(last)
     if "miou" not in result:
         raise ValueError(f"{out}: {evaluation.no_score(result, settings.tgt)}; studies need one")
     result["seconds"] = time.monotonic() - since
@@ -350,8 +353,8 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None, trial: bool 
 def logged(flags: Flags, result: dict) -> dict:
     """What a finished run's log says of the steps from adv_start on.
 
-    The mean weight of Eq. 5; means of D's loss and answers over the last fifth of them, and
-    `terms`, the same of all that is logged; and the curve, a row for each score on the target from
+    The mean weight of Eq. 5; means over the last fifth of them of D's loss and answers, and of all
+    other `terms`; and the curve, a row for each score on the target from
     adv_start to the last step: `miou`, `iou` and `shares` in the order of those of the result,
     `confidence`, `m`, and D's last answers.
     """
@@ -367,8 +370,10 @@ def logged(flags: Flags, result: dict) -> dict:
             found[name] = float(np.mean([line[key] for line in last]))
     adapted = [line for line in lines if "seg" in line and line["step"] > hyper.adv_start]
     last = adapted[-max(1, len(adapted) // 5) :]
-    others = [k for k in (last[-1] if last else {}) if k != "step" and not k.startswith("target_")]
-    found["terms"] = {k: float(f"{np.mean([x[k] for x in last]):.4g}") for k in others}
+    names = sorted(set().union(*last) - {"step", "d", "d_source", "d_target"})
+    others = [name for name in names if not name.startswith("target_")]
+    means = {name: np.mean([line[name] for line in last if name in line]) for name in others}
+    found["terms"] = {name: float(f"{mean:.4g}") for name, mean in means.items()}
     scores = {x["step"]: x for x in lines if "target_iou" in x and x["step"] > hyper.adv_start}
     points = {hyper.adv_start: result["before"]} if "before" in result else {}
     for step in sorted(scores):
@@ -415,6 +420,8 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
     lines = recorded_lines(study)
     done = {out: result for out, flags in cells_of.items() if (result := finished(flags))}
+    if not study.unpaired:  # a study of results makes a diverged trial again, and ends with it
+        done = {out: result for out, result in done.items() if "diverged" not in result}
     for out, result in done.items():
         if is_new(lines, cells_of[out], result):  # the study was stopped before it was recorded
             record(study, cells_of[out], result)

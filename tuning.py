@@ -3,8 +3,8 @@
     python study.py sweep --jobs 2                  # TAN and CLAN, and what all methods share
     python study.py tune --methods all --jobs 2     # two numbers of each method
 
-No result is taken from these seeds or from dev. Every method has the same trials, and an edge of a
-grid is followed.
+No result is taken from these seeds or from dev. Every method has two numbers with four values each,
+and an edge is followed by two more where it allows them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -95,6 +95,7 @@ def sweep(study: Study) -> None:
     rows = []
     for (method, *values), group in trials.found.items():
         chosen = "chosen" if dict(values) == best[method] else ""
+        chosen += " diverged" * any("diverged" in result for result in group)
         shown = (f"{value:g}" for _, value in values)
         score = mean_and_deviation(map(miou, group))
         rows.append([METHODS[method].label, *shown, score, chosen])
@@ -242,8 +243,8 @@ def write_trials(study: Study, trials: Trials, best: dict[str, Values]) -> None:
     split = configure(study.flags)[0].split
     note = (
         "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting. Each method "
-        "has two numbers with four values each, and two more where the best was an edge. A number "
-        "that is not named has its default. A run that diverged counts as 0."
+        "has two numbers with four values each; an edge is followed by two more where it allows "
+        "them. A number that is not named has its default. A run that diverged counts as 0."
     )
     named = {", ".join(map(str, key)): group for key, group in trials.found.items()}
     header = ["method", "numbers", f"mIoU on {split}", ""]
@@ -277,6 +278,9 @@ def slope_of_mean_1(study: Study, fixed: Flags) -> tuple[float, float]:
     """(lambda_local, mean M): with it, CLAN's mean weight is 1 when adaptation starts."""
     cells = study.cells(method="clan", **fixed, **NO_CURVES)
     results = run_groups(study, {"clan": cells})["clan"]
+    lost = [result["diverged"] for result in results if "diverged" in result]
+    if lost:
+        raise ValueError(f"CLAN diverges before lambda_local is chosen: {lost[0]}")
     m = float(np.mean([result["before"]["m"] for result in results]))
     _, hyper = configure(study.flags)
     return rounded((1 - hyper.eps) / m), m

@@ -28,11 +28,15 @@ from torch.autograd import gradcheck
 import alignment
 import baselines
 import clan
+import data
 import train
+from checkpoints import newest_checkpoint
 from clan import Batch
+from losses import adversarial_loss
 from methods import METHODS, state_of
 from models import Generator
 from settings import configure
+from weights import load_generator
 
 OTHERS = tuple(name for name in METHODS if name not in ("source", "tan", "clan"))
 SIZES = "--src-size 32 64 --tgt-size 32 64 --batch 2 --d-channels 4 --log-every 1 --device cpu"
@@ -41,6 +45,15 @@ SIZES = "--src-size 32 64 --tgt-size 32 64 --batch 2 --d-channels 4 --log-every 
 def probabilities(*shape: int, seed: int = 0) -> torch.Tensor:
     logits = torch.randn(*shape, dtype=torch.float64, generator=seeded(seed))
     return (2 * logits).softmax(dim=1)
+
+
+def test_baselines_the_share_of_pseudo_labels_grows_up_to_its_largest_or_stays():
+    growing = baselines.SelfTrainingHyper(portion=0.4, portion_step=0.08, portion_max=0.5)
+    assert [baselines.portion_of(k, growing) for k in range(3)] == pytest.approx([0.4, 0.48, 0.5])
+    large = replace(growing, portion=0.7)
+    assert [baselines.portion_of(k, large) for k in range(3)] == [0.7] * 3
+    with pytest.raises(ValueError, match="the share grows"):
+        replace(growing, portion_step=-0.1)
 
 
 # Losses against slow loops.
@@ -413,6 +426,50 @@ def test_baselines_all_share_the_warm_up_of_source_only_without_changing_a_bit(s
         alone = tmp_path / name
         train.main([*flags, "--method", name, "--seed", "3", "--out", str(alone)])
         assert_equal(last_tensors(out / f"{name}-seed3"), last_tensors(alone))
+
+
+def answers_of_d(name: str, rate: float, seen: list[clan.Predictions]) -> float:
+    """How often D is right on the last 10 of 40 batches, after 100 steps on the others."""
+    _, hyper = configure({"method": name, "lr_d": rate})
+    torch.manual_seed(0)
+    G = Generator("tiny")
+    D = METHODS[name].build_d(G, hyper) if METHODS[name].build_d else train.second_network(G, hyper)
+    _, opt_d = train.build_optimizers(G, D, hyper)
+    for step in range(100):
+        source, target = (D(x)[:, :1] for x in seen[step % 30][:2])
+        loss = adversarial_loss(source, is_source=True) + adversarial_loss(target, is_source=False)
+        opt_d.zero_grad()
+        loss.backward()
+        opt_d.step()
+    D.eval()
+    with torch.no_grad():
+        right = [((D(s) > 0)[:, :1], (D(t) < 0)[:, :1]) for s, t, _ in seen[30:]]
+    return float(np.mean([x.float().mean() for pair in right for x in pair]))
+
+
+@pytest.mark.slow
+def test_baselines_a_d_of_single_pixels_learns_at_its_rate_as_fast_as_tans(tmp_path):
+    """On fixed features of source only. At TAN's rate they would learn too slowly to be a D."""
+    train.main(["--method", "source", "--steps", "300", "--seed", "10", "--out", str(tmp_path)])
+    G, _ = load_generator(newest_checkpoint(tmp_path), say=lambda _: None)
+    settings, hyper = configure({"method": "tan", "adv_start": 0})
+    source, target, _ = train.open_all(settings)
+    steps = data.Steps(source, target, hyper, seed=10)
+    seen: dict[str, list] = {name: [] for name in ("tan", "cycada", "fcns_wild", "cross_city")}
+    with torch.no_grad():
+        for batch in (steps[i] for i in range(40)):
+            features = G.features(batch.source), G.features(batch.target)
+            logits = [clan.upsample(G.C1(f) + G.C2(f), (64, 128)) for f in features]
+            seen["tan"].append(clan.Predictions(*(x.softmax(dim=1) for x in logits), None))
+            seen["cycada"].append(clan.Predictions(*logits, None))
+            seen["fcns_wild"].append(clan.Predictions(*features, None))
+    seen["cross_city"] = seen["fcns_wild"]
+    of_tan = answers_of_d("tan", 1e-4, seen["tan"])
+    own = {m: answers_of_d(m, 1e-3, seen[m]) for m in ("cycada", "fcns_wild", "cross_city")}
+    slow = {m: answers_of_d(m, 1e-4, seen[m]) for m in own}
+    print(f"right: TAN {of_tan:.2f}; at 1e-3 {own}; at 1e-4 {slow}")
+    assert of_tan > 0.8
+    assert all(own[m] > 0.75 and own[m] > slow[m] + 0.05 for m in own), (own, slow)
 
 
 @pytest.mark.slow

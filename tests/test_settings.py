@@ -55,6 +55,18 @@ def test_train_a_flag_wins_over_every_default(backbone):
     assert resume is None and {k: hyper[k] for k in values} == values
 
 
+@pytest.mark.parametrize("backbone", ("tiny", "lite0"))
+def test_train_small_networks_have_narrow_d_that_learn_faster(backbone):
+    def of(method: str, name: str = backbone):
+        return configure({"backbone": name, "method": method})[1]
+
+    assert [of(m).d_width for m in ("cycada", "fcns_wild", "cross_city")] == [64, 128, 64]
+    assert [of(m, "r101").d_width for m in ("cycada", "fcns_wild", "cross_city")] == [512, 1024, 64]
+    rates = [of(m).lr_d for m in ("tan", "advent", "cycada", "fcns_wild", "cross_city", "cda")]
+    assert rates == [1e-4, 1e-4, 1e-3, 1e-3, 1e-3, 1e-2]
+    assert of("multi").lambda_adv_aux == pytest.approx(of("multi").lambda_adv / 5)
+
+
 def test_train_flags_of_several_values_become_tuples():
     flags = ["--scales", "0.5", "1", "--scale-probs", "0.5", "0.5", "--tgt-size", "64", "96"]
     given, _ = parse(flags)

@@ -336,8 +336,18 @@ def test_a_ctrl_c_during_the_imports_ends_the_program(tmp_path, program):
     (tmp_path / "torch.py").write_text(f"import os, signal\n{deaf}")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(HERE / program)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, **options)
     assert done.returncode == -signal.SIGINT, done.stderr
+    ignored = [
+        "sh",
+        "-c",
+        'trap "" INT; exec "$@"',
+        "sh",
+        *command,
+    ]  # as of a job with & in a script
+    done = subprocess.run(ignored, **options)
+    assert done.returncode == 1 and "Error" in done.stderr, "it went on"
 
 
 # Many processes.
