@@ -141,7 +141,7 @@ OF_BACKBONE: dict[str, Flags] = {
 # and learn nothing at D's rate.
 OF_METHOD: dict[str, Flags] = {"cda": {"lr_d": 0.01}}
 # And on the small backbones, before `study.py tune` chooses two numbers of each method. The D of a
-# small network is narrow, and one that sees single pixels learns at 1e-3 as fast as TAN's at 1e-4
+# small network is narrow, and one that sees single pixels learns at 1e-3 much as TAN's at 1e-4
 # (tests/test_baselines.py). The second level begins with a fifth of lambda_adv, as in its code.
 OF_SMALL: dict[str, Flags] = {
     "cycada": {"d_width": 64, "lr_d": 1e-3},
