@@ -158,10 +158,16 @@ def recorded_lines(study: Study) -> Recorded:
         settings = line["settings"]
         counts = same_run(usual_fields() | settings)  # with today's fields
         read_today = {"before", "diverged"} & line["result"].keys()
-        if read_today or not METHODS[settings["method"]].reads_target:
+        read_today = read_today or not METHODS[settings["method"]].reads_target
+        if read_today and counts_in(study, line["result"]):
             result = line["result"] | {key: line[key] for key in ("commit", "machine")}
             found.setdefault(key_of(counts, line["seed"]), []).append(result)
     return found
+
+
+def counts_in(study: Study, result: dict) -> bool:
+    """A diverged run is a result of trials alone. Other studies make it again, and end with it."""
+    return study.unpaired or "diverged" not in result
 
 
 def lines_of(lines: Recorded, flags: Flags) -> list[dict]:
@@ -189,8 +195,6 @@ def known_results(
         of_seed = [flags for flags in cells if flags["seed"] == seed]
         folders = [[done[flags["out"]]] if flags["out"] in done else [] for flags in of_seed]
         known = [lines_of(lines, flags) + f for flags, f in zip(of_seed, folders, strict=True)]
-        if not study.unpaired:
-            known = [[r for r in results if "diverged" not in r] for results in known]
         first, *others = [[made(result) for result in results] for results in known]
         here = made_here(study, of_seed[0])
         wanted = next((m for m in first if all(m in other for other in others)), here)
@@ -354,9 +358,9 @@ def logged(flags: Flags, result: dict) -> dict:
     """What a finished run's log says of the steps from adv_start on.
 
     The mean weight of Eq. 5; means over the last fifth of them of D's loss and answers, and of all
-    other `terms`; and the curve, a row for each score on the target from
-    adv_start to the last step: `miou`, `iou` and `shares` in the order of those of the result,
-    `confidence`, `m`, and D's last answers.
+    other `terms`; and the curve, a row for each score on the target from adv_start to the last
+    step: `miou`, `iou` and `shares` in the order of those of the result, `confidence`, `m`, and
+    D's last answers.
     """
     _, hyper = configure(flags)
     found: dict[str, Any] = {}
@@ -419,9 +423,8 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     """
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
     lines = recorded_lines(study)
-    done = {out: result for out, flags in cells_of.items() if (result := finished(flags))}
-    if not study.unpaired:  # a study of results makes a diverged trial again, and ends with it
-        done = {out: result for out, result in done.items() if "diverged" not in result}
+    found = {out: finished(flags) for out, flags in cells_of.items()}
+    done = {out: result for out, result in found.items() if result and counts_in(study, result)}
     for out, result in done.items():
         if is_new(lines, cells_of[out], result):  # the study was stopped before it was recorded
             record(study, cells_of[out], result)

@@ -3,7 +3,7 @@
     python study.py table                                    # streets, 3 methods, 5 seeds
     python study.py table --src gta5 --backbone r101 --data data
     python study.py control --jobs 2                         # place or size of the weight?
-    python study.py all --quick --jobs 2                     # most of them, reduced
+    python study.py all --quick --jobs 2                     # most studies, reduced
 
 The flags of train.py may follow and hold for all runs, except those that a study sets itself. A
 finished run is not run again, and an interrupted one goes on (runs.py). Results (Markdown, JSON

@@ -126,21 +126,21 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
     """
     source, costs = results["source"], step_costs(study)
     rows = []
-    results = {m: results[m] for m in sorted(results, key=is_new)}  # the paper's rows first
+    papers = {m: (of_paper("gta5", m), of_paper("synthia", m)) for m in results}
+    results = {m: results[m] for m in sorted(results, key=lambda m: not any(papers[m]))}
     for method, group in results.items():
         pairs = points_apart(group, source)
         gain = "" if method == "source" else f"{np.mean(pairs):+.1f}{brackets(t_interval(pairs))}"
         rare = [spread(r["iou"].get(c) for c in INFREQUENT)[0] for r in group]
         lost = [lost_classes(*both) for both in zip(group, source, strict=True)]
         rows.append([
-            METHODS[method].label + " †" * is_new(method),
+            METHODS[method].label + " †" * (not any(papers[method])),
             mean_and_deviation(map(miou, group)),
             gain,
             mean_and_deviation(rare),
             f"{np.mean(lost):.1f}",
             *costs.get(method, ("not measured", "not measured")),
-            of_paper("gta5", method),
-            of_paper("synthia", method),
+            *papers[method],
         ])  # fmt: skip
     header = ["method", "mIoU", "gain over source only", "infrequent", "classes lost"]
     header += ["time a step", "memory", "paper, GTA5", "paper, SYNTHIA"]
@@ -179,11 +179,6 @@ def step_costs(study: Study) -> dict[str, tuple[str, str]]:
 
 
 STEPS = "step-{}.json"  # written by bench.py step --method all, by backbone
-
-
-def is_new(method: str) -> bool:
-    """Whether the paper's tables have no row of this system."""
-    return not (of_paper("gta5", method) or of_paper("synthia", method))
 
 
 def of_paper(src: str, method: str) -> str:

@@ -428,7 +428,7 @@ def test_baselines_all_share_the_warm_up_of_source_only_without_changing_a_bit(s
         assert_equal(last_tensors(out / f"{name}-seed3"), last_tensors(alone))
 
 
-def answers_of_d(name: str, rate: float, seen: list[clan.Predictions]) -> float:
+def accuracy_of_d(name: str, rate: float, seen: list[clan.Predictions]) -> float:
     """How often D is right on the last 10 of 40 batches, after 100 steps on the others."""
     _, hyper = configure({"method": name, "lr_d": rate})
     torch.manual_seed(0)
@@ -465,9 +465,9 @@ def test_baselines_a_d_of_single_pixels_learns_at_its_rate_nearly_as_fast_as_tan
             seen["cycada"].append(clan.Predictions(*logits, None))
             seen["fcns_wild"].append(clan.Predictions(*features, None))
     seen["cross_city"] = seen["fcns_wild"]
-    of_tan = answers_of_d("tan", 1e-4, seen["tan"])
-    own = {m: answers_of_d(m, 1e-3, seen[m]) for m in ("cycada", "fcns_wild", "cross_city")}
-    slow = {m: answers_of_d(m, 1e-4, seen[m]) for m in own}
+    of_tan = accuracy_of_d("tan", 1e-4, seen["tan"])
+    own = {m: accuracy_of_d(m, 1e-3, seen[m]) for m in ("cycada", "fcns_wild", "cross_city")}
+    slow = {m: accuracy_of_d(m, 1e-4, seen[m]) for m in own}
     print(f"right: TAN {of_tan:.2f}; at 1e-3 {own}; at 1e-4 {slow}")
     assert of_tan > 0.8
     assert all(own[m] > 0.7 and own[m] > slow[m] + 0.03 for m in own), (own, slow)
