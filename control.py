@@ -98,7 +98,7 @@ SHARED: dict[str, Flags] = {  # with the study of photographs
 
 def variants(study: Study) -> dict[str, Flags]:
     """The further rows, on the first FEW seeds."""
-    settings, hyper = configure(study.flags)
+    settings, hyper = study.shared
     recipe = "released" if settings.recipe == "paper" else "paper"
     return SHARED | {
         INVERTED: {"m_mean1": True, "m_control": "inverted"},
@@ -131,7 +131,7 @@ def control(study: Study) -> None:
     results |= run_groups(few, further)
     write_rows(study, regime, results)
     write_claims(study, regime, of_rows(results, FURTHER), "further")
-    if configure(study.flags)[0].tgt == "streets":  # other targets have no dev split
+    if study.shared[0].tgt == "streets":  # other targets have no dev split
         negative_transfer(few, {name: results[name][:FEW] for name in WATCHED})
 
     for regime, shift in others:
@@ -146,13 +146,13 @@ def control(study: Study) -> None:
 
 def on_streets(study: Study) -> bool:
     """Whether the target is streets at its default shift: a study may then add other shifts."""
-    settings, _ = configure(study.flags)
+    settings, _ = study.shared
     return settings.tgt == "streets" and "shift" not in study.flags
 
 
 def claimed_runs(study: Study, shift: Flags) -> dict[str, list[dict]]:
     """The runs of all claims, on all seeds."""
-    _, hyper = configure(study.flags)
+    _, hyper = study.shared
     changes = MAIN | PLACES | {EVEN: WEIGHTS_1}
     results = run_groups(study, {k: study.cells(**shift, **v) for k, v in changes.items()})
     rates = [hyper.lambda_adv * known_mean_weight(r) for r in results["CLAN"]]

@@ -247,7 +247,7 @@ EPS, SLOPES = (0.1, 0.2, 0.4, 0.8), (10.0, 20.0, 40.0, 80.0)  # the paper's
 
 def values_of_params(study: Study) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(values of eps, values of lambda_local). On streets they span a wider range of weights."""
-    settings, hyper = configure(study.flags)
+    settings, hyper = study.shared
     if settings.tgt != "streets":
         return EPS, SLOPES
     slopes = tuple(factor * hyper.lambda_local for factor in (0.25, 1.0, 4.0, 16.0))
@@ -256,7 +256,7 @@ def values_of_params(study: Study) -> tuple[tuple[float, ...], tuple[float, ...]
 
 def params(study: Study) -> None:
     """Figure 4 (right): target mIoU (bars) and D's loss (line) over eps and lambda_local."""
-    _, hyper = configure(study.flags)
+    _, hyper = study.shared
     many_eps, slopes = values_of_params(study)
     groups: dict = {"TAN": study.cells(method="tan")}
     groups |= {("eps", v): study.cells(eps=v) for v in many_eps}

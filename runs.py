@@ -64,9 +64,14 @@ class Study:
     unpaired: bool = False
 
     @property
+    def shared(self) -> tuple[Settings, clan.Hyper]:
+        """Settings and numbers of all its runs, before a run changes some."""
+        return configure(read_by(clan.Hyper.method, self.flags))
+
+    @property
     def task(self) -> str:
         """The folder of the runs in --runs. Its name says the data sets and the backbone."""
-        settings, _ = configure(self.flags)
+        settings, _ = self.shared
         sides = ((settings.src, settings.src_dir), (settings.tgt, settings.tgt_dir))
         names = [Path(at or name).name if name == "folder" else name for name, at in sides]
         if settings.shift != Settings.shift:
@@ -79,12 +84,12 @@ class Study:
         Flags that the method does not read are dropped. On the first seed the runs that change
         nothing keep their checkpoints, for curves over training.
         """
-        # No loss of source only reads D's shape. But D's weights are in the checkpoint that it
-        # shares with TAN.
         method = change.get("method", clan.Hyper.method)
-        unused = unused_fields(method) - D_SHAPE
-        flags = {k: v for k, v in (self.flags | change).items() if k not in unused}
-        usual, fields = all_fields(self.flags | {"method": method}), all_fields(flags)
+        flags = read_by(method, self.flags | change)
+        usual, fields = (
+            all_fields(read_by(method, self.flags) | {"method": method}),
+            all_fields(flags),
+        )
         changed = [k for k in sorted(change) if k in flags and k not in FREE | {"method"}]
         changed = [k for k in changed if fields[k] != usual.get(k)]
         shown = fields | {"init": name_of_init(fields["init"])}
@@ -92,7 +97,7 @@ class Study:
         name = "-".join([method, *parts])
         adaptation = fields["steps"] - fields["adv_start"]
         flags.setdefault("log_every", max(1, min(50, adaptation // 50)))  # enough for means of M
-        if configure(self.flags)[0].tgt == "streets":  # scores by step, from quick scoring
+        if self.shared[0].tgt == "streets":  # scores by step, from quick scoring
             flags.setdefault("eval_every", min(50, max(1, adaptation // 5)))
         if seed == self.seeds[0] and not changed:
             flags |= {"save_every": max(1, fields["steps"] // 16), "keep": 100}
@@ -101,6 +106,16 @@ class Study:
     def cells(self, **change) -> list[Flags]:
         """`cell` for every seed."""
         return [self.cell(seed, **change) for seed in self.seeds]
+
+
+def read_by(method: str, flags: Flags) -> Flags:
+    """Those flags that the runs of a method read.
+
+    No loss of source only reads D's shape. But D's weights are in the checkpoint that it shares
+    with TAN.
+    """
+    unused = unused_fields(method) - D_SHAPE
+    return {k: v for k, v in flags.items() if k not in unused}
 
 
 # Running cells.

@@ -38,6 +38,7 @@ from runs import (
 )
 from selftrain import SelftrainHyper, Trust, trust_in
 from settings import Flags, configure
+from tables import step_costs
 from train import open_all
 from trust import auc, m_and_errors
 from tuning import on_dev
@@ -48,17 +49,29 @@ Cells = list[Flags]
 def stage_after(study: Study, first: Cells, **numbers) -> Cells:
     """The second stages that go on with runs of a first, one a seed. numbers: what they change.
 
-    Each takes as many steps as adaptation did, and keeps five checkpoints.
+    Each takes as many steps as adaptation did, and keeps five checkpoints. Numbers that do not act
+    on a weight have their defaults.
     """
     _, hyper = configure(first[0])
     rest = {k: v for k, v in study.flags.items() if k not in ("steps", "adv_start", "method")}
     length = hyper.steps - hyper.adv_start
     change: Flags = {"steps": length, "save_every": max(1, length // 5), "keep": 99} | numbers
+    trust = (rest | change).get("trust", SelftrainHyper.trust)
+    if trust not in ("confidence", "both"):
+        change["trusted"] = SelftrainHyper.trusted
+    if trust not in ("m", "both"):
+        change["tau"] = SelftrainHyper.tau
     of_stage = replace(study, flags=rest)
     return [
         of_stage.cell(flags["seed"], method="selftrain", init=str(flags["out"]), **change)
         for flags in first
     ]
+
+
+def stage_numbers(study: Study, first: Flags) -> SelftrainHyper:
+    """The numbers of the second stage after a run, with the study's flags."""
+    hyper: Any = configure(stage_after(study, [first])[0])[1]
+    return hyper
 
 
 def first_runs(study: Study, changes: dict[str, Flags]) -> tuple[dict[str, Cells], dict]:
@@ -104,7 +117,7 @@ def trials(study: Study) -> None:
         gain = f"{np.mean(points_apart(group, firsts['TAN'])):+.1f}"
         rows.append([name, mean_and_deviation(map(miou, group)), gain,
                      mean_and_deviation(students), *shown])  # fmt: skip
-    header = ["change", f"mIoU on {configure(study.flags)[0].split}", "minus TAN", "student"]
+    header = ["change", f"mIoU on {study.shared[0].split}", "minus TAN", "student"]
     header += [f"labels at step {s}" for s in labels]
     note = (
         "Target mIoU in % of the teacher and of the student after the second stage, tuning seeds: "
@@ -253,8 +266,8 @@ def second(study: Study) -> None:
     weights and controls are those of TAN's runs. Elsewhere M's weight and a constant one follow,
     from the best of the three starts.
     """
-    chosen = SelftrainHyper.trust
     firsts, before = first_runs(study, MAIN)
+    chosen = stage_numbers(study, firsts["TAN"][0]).trust
     stages = {f"{name}, {BY[chosen]}": stage_after(study, c) for name, c in firsts.items()}
     results = run_groups(study, stages)
     best = max(before, key=lambda name: mean_miou(results[f"{name}, {BY[chosen]}"]))
@@ -282,7 +295,7 @@ def controls(
     weights: dict[str, Flags],
 ) -> dict[str, Cells]:
     """The better of confidence and M at random places; no source; all steps without adaptation."""
-    chosen = BY[SelftrainHyper.trust]
+    chosen = BY[stage_numbers(study, firsts["TAN"][0]).trust]
     names: tuple[Trust, ...] = ("confidence", "m")
     better = max(names, key=lambda w: mean_miou(results[f"TAN, {BY[w]}"]))
     shuffled = weights[better] | {"trust_shuffled": True}
@@ -314,6 +327,10 @@ def write_second(
         f"same mean. tau is {tau:g}: with it the mean of exp(-M / tau) is the share that counts by "
         "confidence. FDA is no second stage: it styles the source from the first step on."
     )
+    costs = step_costs(study)
+    if {"selftrain", "clan"} <= costs.keys():
+        time, memory = (a / b for a, b in zip(costs["selftrain"], costs["clan"], strict=True))
+        note += f" A step takes {time:.2f} times as long as CLAN's, and {memory:.2f} of its memory."
     write(study, f"second-{study.task}", header, rows, note, before | results)
 
 
@@ -329,7 +346,7 @@ def fourier(study: Study) -> None:
     results = run_groups(study, groups)
     rows = [[name, mean_and_deviation(map(miou, group))] for name, group in results.items()]
     note = "Target mIoU in % of source only, tuning seeds: for choosing, not reporting."
-    header = ["beta", f"mIoU on {configure(study.flags)[0].split}"]
+    header = ["beta", f"mIoU on {study.shared[0].split}"]
     write(study, f"fourier-{study.task}", header, rows, note, results)
 
 
@@ -338,7 +355,7 @@ def start_tau(study: Study, first: Flags) -> float:
     target, to_source_ids = labelled_target(first)
     G = load(newest_checkpoint(first["out"]), device_of(study))
     m, *_ = m_and_errors(G, target, to_source_ids, min(study.images, 50))
-    return float(f"{tau_for(m, SelftrainHyper.trusted):.2g}")
+    return float(f"{tau_for(m, stage_numbers(study, first).trusted):.2g}")
 
 
 # How sure is sure?

@@ -24,6 +24,7 @@ from typing import NamedTuple
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import clan
 from control import (
     MAIN,
     SEEDS,
@@ -39,7 +40,7 @@ from figures import (
     tsne,
     weightmap,
 )
-from methods import FIRST_STAGE, METHODS
+from methods import FIRST_STAGE, METHODS, own_fields
 from runlog import Stopped
 from runs import (
     INTERVALS,
@@ -48,6 +49,7 @@ from runs import (
     mean_and_deviation,
     miou,
     points_apart,
+    read_by,
     run_groups,
     write,
 )
@@ -135,8 +137,10 @@ class Command(NamedTuple):
     make: Callable[[Study], None]
     reads: set[str]  # further flags of this program
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # unless --seeds says others
+    stage: tuple[str, ...] = ()  # its method besides those of --methods
 
 
+SECOND = ("selftrain",)
 COMMANDS = {
     "table": Command(table_1_and_2, {"methods"}),
     "ccd": Command(ccd, {"methods", "images", "curve_class"}),
@@ -151,11 +155,11 @@ COMMANDS = {
     "tune": Command(tune, {"methods", "numbers"}, TUNING_SEEDS[:2]),
     "ranking": Command(ranking, set()),
     "calibration": Command(calibration, {"methods", "images"}, (0,)),
-    "trials": Command(trials, {"images"}, TUNING_SEEDS[:2]),
+    "trials": Command(trials, {"images"}, TUNING_SEEDS[:2], SECOND),
     "fourier": Command(fourier, set(), TUNING_SEEDS[:2]),
-    "signs": Command(signs, {"images"}, (0, 1, 2)),
-    "second": Command(second, set()),
-    "reliable": Command(reliable, {"images"}, (0,)),
+    "signs": Command(signs, {"images"}, (0, 1, 2), SECOND),
+    "second": Command(second, set(), stage=SECOND),
+    "reliable": Command(reliable, {"images"}, (0,), SECOND),
     "photographs": Command(photographs, set(), (0, 1, 2)),
     "dusk": Command(dusk, set(), (0, 1, 2)),
 }
@@ -224,16 +228,22 @@ def parse(argv: list[str]) -> dict[str, Study]:
     unused = (OPTIONS & flags.keys()) - read
     if unused:
         raise ValueError(f"{what} does not use {', '.join(map(flag_of, sorted(unused)))}")
+    methods = {*flags.get("methods", COMPARED)}.union(*(COMMANDS[name].stage for name in asked))
+    for name in flags:
+        having = {method for method in METHODS if name in own_fields(method)}
+        if having and not having & methods:
+            others = ", ".join(sorted(having))
+            raise ValueError(f"{what} has no run that reads {flag_of(name)}, of {others}")
     of_study = {key: flags.pop(key) for key in OPTIONS & flags.keys()}
     if what == "dusk":
         flags = {"src": "folder", "tgt": "folder", "backbone": "lite0"} | flags
     seeds = {name: COMMANDS[name].seeds for name in asked}
     runs, images = Path("runs") / "study", 1000
     if of_study.pop("quick", False):
-        if configure(flags)[0].backbone != "tiny":
+        if configure(read_by(clan.Hyper.method, flags))[0].backbone != "tiny":
             raise ValueError("--quick is for streets: give --steps and --seeds instead")
         flags, runs, images = QUICK | flags, Path("runs") / "study-quick", 100
-        seeds = {name: (0, 1) if len(seeds[name]) >= 5 else (0,) for name in asked}
+        seeds = {name: (0, 1) if len(seeds[name]) == 5 else (0,) for name in asked}
     usual = runs == Path("runs") / "study" and "runs" not in of_study
     runs = of_study.pop("runs", runs)
     results = Path("results") if usual else runs / "results"  # trials of one's own go elsewhere
@@ -249,7 +259,7 @@ def remedy_for(asked: list[Study]) -> str:
     if not asked:
         return NOT_BEGUN
     jobs = asked[0].jobs
-    remedy = less_memory(*configure(asked[0].flags))
+    remedy = less_memory(*asked[0].shared)
     return remedy + f" Or give fewer --jobs than {jobs}." * (jobs > 1)
 
 

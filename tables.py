@@ -30,7 +30,6 @@ from runs import (
     t_interval,
     write,
 )
-from settings import configure
 
 COMPARED = ("source", "tan", "clan")  # unless --methods says others
 
@@ -44,7 +43,7 @@ BOUND = "target-trained (a bound)"
 
 def bound_groups(study: Study) -> dict[str, list[dict]]:
     """Runs that learn the target's own labels. They bound what adaptation can reach."""
-    settings, _ = configure(study.flags)
+    settings, _ = study.shared
     known = settings.src == settings.tgt == "streets" and "source" in study.methods
     return {BOUND: study.cells(method="source", looks="city")} if known else {}
 
@@ -58,7 +57,7 @@ def table_1_and_2(study: Study) -> None:
     all_results = run_groups(study, groups | bound_groups(study))
     results = {method: all_results[method] for method in groups}
     bound = all_results.get(BOUND)
-    settings, _ = configure(study.flags)
+    settings, _ = study.shared
     task = (settings.src, settings.tgt, settings.backbone)
     in_paper = {method: evaluation.paper_row(*task, method) for method in results}
     papers = {method: row for method, row in in_paper.items() if row}
@@ -124,7 +123,8 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
 
     And a figure of the gains.
     """
-    source, costs = results["source"], step_costs(study)
+    source = results["source"]
+    costs = {m: (f"{t:.2f}", f"{memory:.2f}") for m, (t, memory) in step_costs(study).items()}
     rows = []
     papers = {m: (of_paper("gta5", m), of_paper("synthia", m)) for m in results}
     results = {m: results[m] for m in sorted(results, key=lambda m: not any(papers[m]))}
@@ -149,7 +149,7 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
         "by seed, with a 95 % interval by Student's t; mean IoU of the infrequent classes "
         f"({', '.join(INFREQUENT)}); how many classes end more than 2 points below source only. "
         f"Time and peak memory of a step of adaptation over those of source only's step, from "
-        f"{STEPS.format(configure(study.flags)[0].backbone)} beside the recorded runs (bench.py "
+        f"{STEPS.format(study.shared[0].backbone)} beside the recorded runs (bench.py "
         "step --method all); what a method does between two steps, such as labelling for a round, "
         "is not in them. † not in the paper's tables. The "
         "paper's: mIoU with VGG-16 (of 13 classes on SYNTHIA), in brackets that of the source-only "
@@ -170,12 +170,11 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
     save_figure(study, figure, f"systems-{study.task}", [r for g in results.values() for r in g])
 
 
-def step_costs(study: Study) -> dict[str, tuple[str, str]]:
+def step_costs(study: Study) -> dict[str, tuple[float, float]]:
     """(time, memory) of each method's step over source only's, as bench.py has recorded them."""
-    path = study.results / STEPS.format(configure(study.flags)[0].backbone)
+    path = study.results / STEPS.format(study.shared[0].backbone)
     found = json.loads(path.read_text())["methods"] if path.exists() else {}
-    ratios = {m: (row["step_ratio"], row["peak_ratio"]) for m, row in found.items()}
-    return {m: (f"{time:.2f}", f"{memory:.2f}") for m, (time, memory) in ratios.items()}
+    return {m: (row["step_ratio"], row["peak_ratio"]) for m, row in found.items()}
 
 
 STEPS = "step-{}.json"  # written by bench.py step --method all, by backbone

@@ -32,7 +32,7 @@ from runs import (
     spread,
     write,
 )
-from settings import Flags, configure
+from settings import Flags
 
 # Does M tell where the ensemble is wrong?
 
@@ -97,7 +97,7 @@ HEADS = {"each": "a loss for each head", "ensemble": "one loss, of the ensemble"
 
 def head_settings(study: Study) -> dict[str, Flags]:
     """What may make the two heads disagree: the rows of `disagreement`."""
-    _, hyper = configure(study.flags)
+    _, hyper = study.shared
     others = "ensemble" if hyper.seg_heads == "each" else "each"
     settings: dict[str, Flags] = {
         "as it is": {},

@@ -45,7 +45,7 @@ class Trials:
     found: dict[tuple, list[dict]] = field(default_factory=dict)
 
     def flags(self, method: str, values: Values) -> Flags:
-        _, hyper = configure(self.study.flags)
+        _, hyper = self.study.shared
         unused = METHODS[method].unused
         change = {k: v for k, v in (self.fixed | values).items() if k not in unused}
         if "length" in change:
@@ -78,7 +78,7 @@ def sweep(study: Study) -> None:
     number after the other, over the same values; a best value at an edge is followed outwards.
     --numbers 1 chooses lambda_adv alone.
     """
-    settings, _ = configure(study.flags)
+    settings, _ = study.shared
     study = replace(on_dev(study), unpaired=True)
     fixed: Flags = {}
     notes = []
@@ -99,7 +99,7 @@ def sweep(study: Study) -> None:
         shown = (f"{value:g}" for _, value in values)
         score = mean_and_deviation(map(miou, group))
         rows.append([METHODS[method].label, *shown, score, chosen])
-    header = ["method", *sorted(best["tan"]), f"mIoU on {configure(study.flags)[0].split}", ""]
+    header = ["method", *sorted(best["tan"]), f"mIoU on {study.shared[0].split}", ""]
     notes.insert(0, "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting.")
     named = {", ".join(map(str, key)): group for key, group in trials.found.items()}
     write(study, f"sweep-{study.task}", header, rows, " ".join(notes), named)
@@ -107,14 +107,14 @@ def sweep(study: Study) -> None:
 
 def first_values(study: Study) -> Values:
     """Those of the first trial: the defaults."""
-    _, hyper = configure(study.flags)
+    _, hyper = study.shared
     length = float(hyper.steps - hyper.adv_start)
     return {"lambda_adv": hyper.lambda_adv, "lr_d": hyper.lr_d, "length": length}
 
 
 def on_dev(study: Study) -> Study:
     """The study, scored on streets' dev split. Other targets have no such split."""
-    if configure(study.flags)[0].tgt != "streets":
+    if study.shared[0].tgt != "streets":
         return study
     return replace(study, flags=study.flags | {"split": "dev"})
 
@@ -225,7 +225,7 @@ def allowed(trials: Trials, method: str, best: Values, name: str, values: set[fl
     found = set()
     for value in values:
         try:
-            configure(trials.study.flags | trials.flags(method, best | {name: value}))
+            trials.study.cells(**trials.flags(method, best | {name: value}))
         except ValueError:
             continue  # the grid ends here
         found.add(value)
@@ -240,7 +240,7 @@ def write_trials(study: Study, trials: Trials, best: dict[str, Values]) -> None:
         chosen += " diverged" * any("diverged" in result for result in group)
         scores = mean_and_deviation(map(miou, group))
         rows.append([METHODS[method].label, shown, scores, chosen])
-    split = configure(study.flags)[0].split
+    split = study.shared[0].split
     note = (
         "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting. Each method "
         "has two numbers with four values each; an edge is followed by two more where it allows "
@@ -282,5 +282,5 @@ def slope_of_mean_1(study: Study, fixed: Flags) -> tuple[float, float]:
     if lost:
         raise ValueError(f"CLAN diverges before lambda_local is chosen: {lost[0]}")
     m = float(np.mean([result["before"]["m"] for result in results]))
-    _, hyper = configure(study.flags)
+    _, hyper = study.shared
     return rounded((1 - hyper.eps) / m), m

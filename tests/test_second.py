@@ -32,6 +32,22 @@ def test_second_a_stage_goes_on_with_a_run_and_is_recorded_without_its_folder(tm
     assert kept["init"] == "tan-lambda_adv0.5", "neither seed nor folder"
 
 
+def test_second_a_flag_of_the_trust_holds_for_the_weights_on_which_it_acts(tmp_path):
+    s = study.parse(["second", "--runs", str(tmp_path), "--trusted", "0.3"])["second"]
+    first = s.cells(method="tan")
+    shares = {
+        trust: configure(second.stage_after(s, first, trust=trust)[0])[1].trusted
+        for trust in second.BY
+    }
+    assert shares == {"confidence": 0.3, "both": 0.3, "m": 0.5, "constant": 0.5}
+    s = study.parse(["second", "--runs", str(tmp_path), "--trust", "m", "--tau", "0.5"])["second"]
+    taus = {
+        trust: configure(second.stage_after(s, first, trust=trust)[0])[1].tau for trust in second.BY
+    }
+    assert taus == {"confidence": 0.01, "both": 0.5, "m": 0.5, "constant": 0.01}
+    assert second.stage_numbers(s, first[0]).trust == "m"
+
+
 def test_second_tau_gives_the_wanted_mean_weight():
     m = np.random.default_rng(0).gamma(0.3, 0.02, 10_000)
     for mean in (0.2, 0.5, 0.9):

@@ -465,12 +465,37 @@ def test_study_the_papers_rows_stand_with_the_source_only_of_each_system():
     assert found["st"] == found["multi"] == found["advent"] == found["clan_late"] == ("", "")
 
 
+def test_study_a_flag_of_one_method_holds_for_its_runs_alone(tmp_path):
+    line = ["table", "--methods", "source,st,cbst", "--portion", "0.3", "--runs", str(tmp_path)]
+    s = study.parse(line)["table"]
+    portions = {m: configure(s.cell(0, method=m))[1] for m in s.methods}
+    assert portions["st"].portion == portions["cbst"].portion == 0.3
+    assert "portion" not in s.cell(0, method="source")
+    assert s.task == "streets-streets-tiny" and s.shared[1].method == "clan"
+    assert s.cell(0, method="st")["out"].name == "st-seed0"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["table", "--portion", "0.3"], "no run that reads --portion, of cbst, st"),
+        (["table", "--tau", "0.3"], "no run that reads --tau, of selftrain"),
+        (["tune", "--methods", "tan,clan", "--gate", "0.3"], "--gate, of cycada"),
+    ],
+)
+def test_study_a_flag_that_no_run_reads_is_refused(line, words):
+    with pytest.raises(ValueError, match=words):
+        study.parse(line)
+    assert study.parse(["second", "--trusted", "0.3"])["second"].flags["trusted"] == 0.3
+
+
 def test_study_quick_of_everything_leaves_no_part_out(tmp_path):
     names = [name for name in study.COMMANDS if name not in study.NOT_IN_ALL]
     done = study.parse(["all", "--quick", "--runs", str(tmp_path)])
     assert list(done) == names and {"table", "control", "disagreement", "ccd"} <= done.keys()
     for name, s in done.items():
-        assert s.seeds == ((0,) if name in ("params", "disagreement", "calibration") else (0, 1))
+        one = name in ("params", "disagreement", "calibration", "control")
+        assert s.seeds == ((0,) if one else (0, 1))
         assert s.flags["steps"] < 400 and s.images == 100
     usual = study.parse(["all", "--runs", str(tmp_path)])
     assert usual["table"].seeds == (0, 1, 2, 3, 4) and usual["control"].seeds == tuple(range(10))
