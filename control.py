@@ -360,7 +360,7 @@ def instrument(study: Study) -> None:
         for when, path in paths.items():
             G = load(path, torch.device("cpu"))
             D = load_d(path, hyper, G.num_classes)
-            found = gradient_cosines(G, D, val, hyper, min(study.images, 32))
+            found = gradient_cosines(G, D, val, hyper, study.images)
             rows.append([cells, f"{field:.2f}", when, *(f"{v:.3f}" for v in found.values())])
     header = ["cells of D", "receptive field / height", "adaptation", *found]
     note = (

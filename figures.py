@@ -333,7 +333,7 @@ def tsne(study: Study) -> None:
     for ax, (method, flags) in zip(axes, cells.items(), strict=True):
         G = load(newest_checkpoint(flags["out"]), device_of(study))
         kept, kept_ids = [], []
-        for i, features, ids in labelled_features(G, val, to_source_ids, min(study.images, 100)):
+        for i, features, ids in labelled_features(G, val, to_source_ids, study.images):
             picks = some_of_each(i, ids, wanted, 20)
             kept.append(features[picks])
             kept_ids.append(ids[picks])

@@ -65,7 +65,7 @@ class Study:
 
     @property
     def shared(self) -> tuple[Settings, clan.Hyper]:
-        """Settings and numbers of all its runs, before a run changes some."""
+        """Settings and numbers that hold unless a run changes them."""
         return configure(read_by(clan.Hyper.method, self.flags))
 
     @property
@@ -146,7 +146,7 @@ def start_of(init: str) -> str:
 
 
 def name_of_init(init: str) -> str:
-    """What --init is called where seeds and folders do not count: by a study's run, its row."""
+    """The folder name of --init without its seed: one name for all runs of a row."""
     return re.sub(r"-seed\d+$", "", Path(init).name)
 
 
@@ -181,7 +181,7 @@ def recorded_lines(study: Study) -> Recorded:
 
 
 def counts_in(study: Study, result: dict) -> bool:
-    """A diverged run is a result of trials alone. Other studies make it again, and end with it."""
+    """Whether a result counts. Only trials keep a diverged run. Others run it again."""
     return study.unpaired or "diverged" not in result
 
 
@@ -214,7 +214,7 @@ def known_results(
         here = made_here(study, of_seed[0])
         wanted = next((m for m in first if all(m in other for other in others)), here)
         for flags, results in zip(of_seed, known, strict=True):
-            best = [r for r in results if made(r) == wanted] or results * study.unpaired
+            best = [r for r in results if made(r) == wanted] or (results if study.unpaired else [])
             place = {"settings": all_fields(flags), "checkpoint": str(flags["out"])}
             found |= {flags["out"]: place | best[0]} if best else {}
     return found
@@ -387,7 +387,7 @@ def logged(flags: Flags, result: dict) -> dict:
         if answers:
             last = answers[-max(1, len(answers) // 5) :]
             found[name] = float(np.mean([line[key] for line in last]))
-    adapted = [line for line in lines if "seg" in line and line["step"] > hyper.adv_start]
+    adapted = [line for line in lines if "grad" in line and line["step"] > hyper.adv_start]
     last = adapted[-max(1, len(adapted) // 5) :]
     names = sorted(set().union(*last) - {"step", "d", "d_source", "d_target"})
     others = [name for name in names if not name.startswith("target_")]

@@ -46,21 +46,22 @@ from tuning import on_dev
 Cells = list[Flags]
 
 
+# The weights that read a number; the others refuse it.
+READ_BY: dict[str, tuple[Trust, ...]] = {"trusted": ("confidence", "both"), "tau": ("m", "both")}
+
+
 def stage_after(study: Study, first: Cells, **numbers) -> Cells:
     """The second stages that go on with runs of a first, one a seed. numbers: what they change.
 
-    Each takes as many steps as adaptation did, and keeps five checkpoints. Numbers that do not act
-    on a weight have their defaults.
+    Each takes as many steps as adaptation did, and keeps five checkpoints. --trusted and --tau of
+    the study hold for the weights that read them.
     """
     _, hyper = configure(first[0])
-    rest = {k: v for k, v in study.flags.items() if k not in ("steps", "adv_start", "method")}
     length = hyper.steps - hyper.adv_start
     change: Flags = {"steps": length, "save_every": max(1, length // 5), "keep": 99} | numbers
-    trust = (rest | change).get("trust", SelftrainHyper.trust)
-    if trust not in ("confidence", "both"):
-        change["trusted"] = SelftrainHyper.trusted
-    if trust not in ("m", "both"):
-        change["tau"] = SelftrainHyper.tau
+    trust = (study.flags | change).get("trust", SelftrainHyper.trust)
+    unread = {name for name, weights in READ_BY.items() if trust not in weights}
+    rest = {k: v for k, v in study.flags.items() if k not in {"steps", "adv_start"} | unread}
     of_stage = replace(study, flags=rest)
     return [
         of_stage.cell(flags["seed"], method="selftrain", init=str(flags["out"]), **change)
@@ -68,8 +69,15 @@ def stage_after(study: Study, first: Cells, **numbers) -> Cells:
     ]
 
 
-def stage_numbers(study: Study, first: Flags) -> SelftrainHyper:
-    """The numbers of the second stage after a run, with the study's flags."""
+def stage_weighed_by(study: Study, first: Cells, trust: Trust, **numbers) -> Cells:
+    """`stage_after` with this weight of the labels. The tau of M is --tau, or `start_tau`."""
+    if trust in READ_BY["tau"] and "tau" not in study.flags:
+        numbers["tau"] = start_tau(study, first[0])
+    return stage_after(study, first, trust=trust, **numbers)
+
+
+def numbers_of_stage(study: Study, first: Flags) -> SelftrainHyper:
+    """The numbers of the second stage after a run, as the study's flags say."""
     hyper: Any = configure(stage_after(study, [first])[0])[1]
     return hyper
 
@@ -96,34 +104,37 @@ CHANGES: dict[str, Flags] = {
     "half hidden": {"masked": 0.5},
     "class mix, half hidden": {"class_mix": True, "masked": 0.5},
 }
-MOMENTS = (0.0, 0.2, 1.0)  # shares of the stage after which the labels are judged
 
 
 def trials(study: Study) -> None:
     """What makes the second stage keep or lose what TAN has won: one change at a time, on dev.
 
-    Labels: the teacher's accuracy where it is trusted, and the share that is, on the target's
-    training images, after some steps: they show whether labels go wrong first or the network.
+    Labels: how many of the trusted ones are right, and how many are trusted, at three moments. They
+    show whether the labels go wrong first or the network.
     """
     study = on_dev(study)
     cells, firsts = first_runs(study, {"TAN": MAIN["TAN"]})
-    stages = {k: stage_after(study, cells["TAN"], **v) for k, v in CHANGES.items()}
+    trust = numbers_of_stage(study, cells["TAN"][0]).trust
+    known = {k: v for k, v in CHANGES.items() if "trusted" not in v or trust in READ_BY["trusted"]}
+    stages = {k: stage_after(study, cells["TAN"], **v) for k, v in known.items()}
     results = run_groups(study, stages, checkpoints=True)
     rows = []
+    length = configure(stages["as it is"][0])[1].steps
+    moments = (0, max(1, length // 5), length)
     for name, group in results.items():
-        labels = labels_over_time(study, stages[name][0])
+        labels = labels_over_time(study, stages[name][0], moments)
         shown = [f"{100 * right:.1f} of {100 * share:.0f}" for right, share in labels.values()]
         students = (r["student"]["miou"] for r in group)
         gain = f"{np.mean(points_apart(group, firsts['TAN'])):+.1f}"
         rows.append([name, mean_and_deviation(map(miou, group)), gain,
                      mean_and_deviation(students), *shown])  # fmt: skip
     header = ["change", f"mIoU on {study.shared[0].split}", "minus TAN", "student"]
-    header += [f"labels at step {s}" for s in labels]
+    header += [f"labels at step {step}" for step in moments]
     note = (
         "Target mIoU in % of the teacher and of the student after the second stage, tuning seeds: "
         "for choosing, not reporting. Labels: % of the trusted ones that are right, of the % of "
-        "the pixels that are trusted, where a batch is one image; first seed. There is no "
-        "adversary in this stage."
+        f"the pixels that are trusted, on {study.images} of the target's training images, where a "
+        "batch is one image; first seed. There is no adversary in this stage."
     )
     write(study, f"trials-{study.task}", header, rows, note, results | firsts)
 
@@ -136,34 +147,34 @@ def teachers(flags: Flags) -> dict[int, Path]:
 
 
 def labelled_target(flags: Flags) -> tuple[data.DataSet, np.ndarray]:
-    """The target's images with labels, to judge the teacher's: for streets those it trains on."""
+    """The images on which labels are judged: streets' training images, else those of val."""
     settings, _ = configure(flags)
-    source, _, val = open_all(settings)
+    source, _, judged = open_all(settings)
     if settings.tgt == "streets":
-        place = ("streets", "target", "train", None, val.size)
-        val = data.open_dataset(*place, shift=settings.shift, scenes=settings.scenes)
-    return val, data.shared_classes(source, val)[0]
+        place = ("streets", "target", "train", None, judged.size)
+        judged = data.open_dataset(*place, shift=settings.shift, scenes=settings.scenes)
+    return judged, data.shared_classes(source, judged)[0]
 
 
-def labels_over_time(study: Study, flags: Flags) -> dict[int, tuple[float, float]]:
+def labels_over_time(
+    study: Study, flags: Flags, moments: tuple[int, ...]
+) -> dict[int, tuple[float, float]]:
     """By step: (accuracy of the teacher's labels, each with its weight; their mean weight)."""
     target, to_source_ids = labelled_target(flags)
     hyper: Any = configure(flags)[1]
-    wanted = {round(share * hyper.steps) for share in MOMENTS}
-    found = {}
-    for step, path in teachers(flags).items():
-        if step in wanted:
-            G = load(path, device_of(study))
-            found[step] = accuracy_of_labels(G, target, to_source_ids, hyper, study.images)
+    found, paths = {}, teachers(flags)
+    for step in moments:
+        G = load(paths[step], device_of(study))
+        found[step] = accuracy_of_labels(G, target, to_source_ids, hyper, study.images)
     return found
 
 
 def accuracy_of_labels(
     G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
 ) -> tuple[float, float]:
-    """Over labelled pixels of at most 50 images: as `labels_over_time` says."""
+    """Over the labelled pixels of `count` images: as `labels_over_time` says."""
     total = right = pixels = 0.0
-    for _, image, label in evaluation.spread_images(target, min(count, 50)):
+    for _, image, label in evaluation.spread_images(target, count):
         ids = torch.from_numpy(to_source_ids[label.numpy()])
         p, m = ensemble_and_m(G, image, ids.shape)
         of_trust = hyper.trust, hyper.trusted, hyper.threshold, hyper.tau
@@ -199,17 +210,17 @@ def signs(study: Study) -> None:
             found = []
             for flags in group:
                 G = load(teachers(flags)[step], device_of(study))
-                count = min(study.images, 50)
-                m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, count)
+                m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, study.images)
                 tau = taus.setdefault(flags["seed"], tau_for(m, hyper.trusted))
                 found.append(numbers_of_m(m, doubt, wrong, tau))
             means = {key: spread(x[key] for x in found)[0] for key in found[0]}
             matters = "" if means["spread"] >= USELESS else "could not matter"
             rows.append([name, str(step), *(f"{x:.3g}" for x in means.values()), matters])
             curves.setdefault(name, {})[step] = means
-    header = ["start", "step", *means, ""]
+    header = ["start", "step", *NUMBERS_OF_M, ""]
     note = (
-        "Labelled pixels of the target's training images, teacher's heads, means over seeds. "
+        f"Labelled pixels of {study.images} images of the target (streets: training images), "
+        "teacher's heads, means over seeds. "
         "tau: with it the mean of exp(-M / tau) is the trusted share when the stage begins. "
         f"Spread: standard deviation of exp(-M / tau); below {USELESS} its weight could not matter."
     )
@@ -234,16 +245,14 @@ def tau_for(m: np.ndarray, mean: float) -> float:
     return tau
 
 
+NUMBERS_OF_M = ("AUC of M", "AUC of doubt", "wrong", "mean M", "tau", "spread")
+
+
 def numbers_of_m(m: np.ndarray, doubt: np.ndarray, wrong: np.ndarray, tau: float) -> dict:
     """What `signs` says of one network."""
-    return {
-        "AUC of M": auc(m, wrong),
-        "AUC of doubt": auc(doubt, wrong),
-        "wrong": float(wrong.mean()),
-        "mean M": float(m.mean()),
-        "tau": tau,
-        "spread": float(np.exp(-m / tau).std()),
-    }
+    chances = auc(m, wrong), auc(doubt, wrong)
+    values = *chances, float(wrong.mean()), float(m.mean()), tau, float(np.exp(-m / tau).std())
+    return dict(zip(NUMBERS_OF_M, values, strict=True))
 
 
 # The results.
@@ -267,52 +276,46 @@ def second(study: Study) -> None:
     from the best of the three starts.
     """
     firsts, before = first_runs(study, MAIN)
-    chosen = stage_numbers(study, firsts["TAN"][0]).trust
-    stages = {f"{name}, {BY[chosen]}": stage_after(study, c) for name, c in firsts.items()}
+    trust = numbers_of_stage(study, firsts["TAN"][0]).trust
+    stages = {f"{k}, {BY[trust]}": stage_weighed_by(study, v, trust) for k, v in firsts.items()}
     results = run_groups(study, stages)
-    best = max(before, key=lambda name: mean_miou(results[f"{name}, {BY[chosen]}"]))
+    best = max(before, key=lambda name: mean_miou(results[f"{name}, {BY[trust]}"]))
     start = "TAN" if on_streets(study) else best
-    tau = start_tau(study, firsts[start][0])
-    weights: dict[str, Flags] = {trust: {"trust": trust} for trust in BY}
-    for trust in ("m", "both"):
-        weights[trust]["tau"] = tau
-    wanted = tuple(BY) if on_streets(study) else ("m", "constant")
-    results |= run_groups(
-        study,
-        {f"{start}, {BY[w]}": stage_after(study, firsts[start], **weights[w]) for w in wanted},
-    )
+    wanted: tuple[Trust, ...] = tuple(BY) if on_streets(study) else ("m", "constant")
+    stages = {f"{start}, {BY[w]}": stage_weighed_by(study, firsts[start], w) for w in wanted}
+    results |= run_groups(study, stages)
     if on_streets(study):
-        results |= run_groups(study, controls(study, firsts, results, weights))
+        results |= run_groups(study, controls(study, firsts, results, trust))
     styled = {f"{name}, FDA": MAIN[name] | {"fourier": FDA} for name in ("source only", "TAN")}
     results |= run_groups(study, {name: study.cells(**v) for name, v in styled.items()})
-    write_second(study, before, results, tau)
+    write_second(study, before, results)
 
 
 def controls(
-    study: Study,
-    firsts: dict[str, Cells],
-    results: dict[str, list[dict]],
-    weights: dict[str, Flags],
+    study: Study, firsts: dict[str, Cells], results: dict[str, list[dict]], trust: Trust
 ) -> dict[str, Cells]:
     """The better of confidence and M at random places; no source; all steps without adaptation."""
-    chosen = BY[stage_numbers(study, firsts["TAN"][0]).trust]
     names: tuple[Trust, ...] = ("confidence", "m")
     better = max(names, key=lambda w: mean_miou(results[f"TAN, {BY[w]}"]))
-    shuffled = weights[better] | {"trust_shuffled": True}
     _, hyper = configure(firsts["TAN"][0])
     twice = 2 * (hyper.steps - hyper.adv_start)
-    of_source = stage_after(study, firsts["source only"], steps=twice)
+    shuffled = stage_weighed_by(study, firsts["TAN"], better, trust_shuffled=True)
+    source_free = stage_weighed_by(study, firsts["TAN"], trust, source_free=True)
     return {
-        f"TAN, {BY[better]}, shuffled": stage_after(study, firsts["TAN"], **shuffled),
-        f"TAN, {chosen}, source-free": stage_after(study, firsts["TAN"], source_free=True),
-        f"source only, {chosen}, twice the steps": of_source,
+        f"TAN, {BY[better]}, shuffled": shuffled,
+        f"TAN, {BY[trust]}, source-free": source_free,
+        f"source only, {BY[trust]}, twice the steps": stage_weighed_by(
+            study, firsts["source only"], trust, steps=twice
+        ),
     }
 
 
 def write_second(
-    study: Study, before: dict[str, list[dict]], results: dict[str, list[dict]], tau: float
+    study: Study, before: dict[str, list[dict]], results: dict[str, list[dict]]
 ) -> None:
     rows = []
+    numbers = [group[0]["settings"] for group in results.values()]
+    taus = {f"{x['tau']:g}" for x in numbers if x.get("trust") in READ_BY["tau"]}
     for name, group in (before | results).items():
         start = next((before[x] for x in before if name.startswith(f"{x}, ")), None)
         pairs = points_apart(group, start) if start else []
@@ -324,8 +327,9 @@ def write_second(
         "Target mIoU in %, mean ± deviation over seeds: of the teacher at the last step, and of "
         "the student. The difference from the row of the start alone, paired by seed, with a 95 % "
         "interval by Student's t. The loss divides by the sum of the weights, so all have the "
-        f"same mean. tau is {tau:g}: with it the mean of exp(-M / tau) is the share that counts by "
-        "confidence. FDA is no second stage: it styles the source from the first step on."
+        f"same mean. tau is {', '.join(sorted(taus))}: with it the mean of exp(-M / tau) is the "
+        "share that counts by confidence. FDA is no second stage: it styles the source from the "
+        "first step on."
     )
     costs = step_costs(study)
     if {"selftrain", "clan"} <= costs.keys():
@@ -341,8 +345,8 @@ def mean_miou(results: list[dict]) -> float:
 def fourier(study: Study) -> None:
     """How FDA's beta is chosen: source only with three values, on dev."""
     study = on_dev(study)
-    groups = {"0": study.cells(method="source")}
-    groups |= {f"{beta:g}": study.cells(method="source", fourier=beta) for beta in BETAS}
+    cells = {beta: study.cells(method="source", fourier=beta) for beta in (0.0, *BETAS)}
+    groups = {f"{beta:g}": group for beta, group in cells.items()}
     results = run_groups(study, groups)
     rows = [[name, mean_and_deviation(map(miou, group))] for name, group in results.items()]
     note = "Target mIoU in % of source only, tuning seeds: for choosing, not reporting."
@@ -354,17 +358,21 @@ def start_tau(study: Study, first: Flags) -> float:
     """The tau with which M's mean weight is that of confidence, on a network before the stage."""
     target, to_source_ids = labelled_target(first)
     G = load(newest_checkpoint(first["out"]), device_of(study))
-    m, *_ = m_and_errors(G, target, to_source_ids, min(study.images, 50))
-    return float(f"{tau_for(m, stage_numbers(study, first).trusted):.2g}")
+    m, *_ = m_and_errors(G, target, to_source_ids, study.images)
+    hyper: Any = configure(stage_after(study, [first], trust="confidence")[0])[1]
+    return float(f"{tau_for(m, hyper.trusted):.2g}")
 
 
-# How sure is sure?
+# Accuracy by trust.
 
 
 def reliability(
     G: Generator, target: data.DataSet, to_source_ids: np.ndarray, count: int, bins: int = 10
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """By sign: (share of the pixels that is trusted more, accuracy in that tenth) of its tenths."""
+    """For confidence and for M: accuracy in each tenth of the pixels, the surest first.
+
+    Two lists: the middle of the tenth, as a share of the pixels, and the accuracy.
+    """
     m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, count)
     found = {}
     for name, values in (("confidence", doubt), ("M", m)):
@@ -392,7 +400,7 @@ def reliable(study: Study) -> None:
     for style, step in (("--", min(paths)), ("-", max(paths))):
         G = load(paths[step], device_of(study))
         when = "before" if step == min(paths) else "after"
-        found = reliability(G, target, to_source_ids, min(study.images, 50))
+        found = reliability(G, target, to_source_ids, study.images)
         for color, (name, (x, y)) in zip(("C0", "C1"), found.items(), strict=True):
             left.plot(x, y, color + style, label=f"{name}, {when}")
         result = results["TAN"][0]

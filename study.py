@@ -12,6 +12,7 @@ target's validation split.
 """
 
 import argparse
+import re
 import shlex
 import signal
 import sys
@@ -137,7 +138,9 @@ class Command(NamedTuple):
     make: Callable[[Study], None]
     reads: set[str]  # further flags of this program
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # unless --seeds says others
+    images: int = 1000  # unless --images says others
     stage: tuple[str, ...] = ()  # its method besides those of --methods
+    sets: tuple[str, ...] = ()  # flags of train.py that it sets for some of its runs
 
 
 SECOND = ("selftrain",)
@@ -145,21 +148,21 @@ COMMANDS = {
     "table": Command(table_1_and_2, {"methods"}),
     "ccd": Command(ccd, {"methods", "images", "curve_class"}),
     "params": Command(params, set(), (0, 1, 2)),
-    "tsne": Command(tsne, {"methods", "images"}),
+    "tsne": Command(tsne, {"methods", "images"}, images=100),
     "figure5": Command(figure5, {"methods"}),
     "weightmap": Command(weightmap, set()),
-    "disagreement": Command(disagreement, {"images"}, (0, 1)),
+    "disagreement": Command(disagreement, {"images"}, (0, 1), 100),
     "control": Command(control, set(), SEEDS),
-    "instrument": Command(instrument, {"images"}, TUNING_SEEDS),
+    "instrument": Command(instrument, {"images"}, TUNING_SEEDS, 32),
     "sweep": Command(sweep, {"numbers"}, TUNING_SEEDS),
     "tune": Command(tune, {"methods", "numbers"}, TUNING_SEEDS[:2]),
     "ranking": Command(ranking, set()),
     "calibration": Command(calibration, {"methods", "images"}, (0,)),
-    "trials": Command(trials, {"images"}, TUNING_SEEDS[:2], SECOND),
-    "fourier": Command(fourier, set(), TUNING_SEEDS[:2]),
-    "signs": Command(signs, {"images"}, (0, 1, 2), SECOND),
-    "second": Command(second, set(), stage=SECOND),
-    "reliable": Command(reliable, {"images"}, (0,), SECOND),
+    "trials": Command(trials, {"images"}, TUNING_SEEDS[:2], 50, SECOND),
+    "fourier": Command(fourier, set(), TUNING_SEEDS[:2], sets=("fourier",)),
+    "signs": Command(signs, {"images"}, (0, 1, 2), 50, SECOND),
+    "second": Command(second, {"images"}, images=50, stage=SECOND, sets=("fourier",)),
+    "reliable": Command(reliable, {"images"}, (0,), 50, SECOND),
     "photographs": Command(photographs, set(), (0, 1, 2)),
     "dusk": Command(dusk, set(), (0, 1, 2)),
 }
@@ -172,7 +175,9 @@ SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py 
 
 
 def seeds_of(text: str) -> tuple[int, ...]:
-    seeds = tuple(int(part) for part in text.split(","))
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"give whole numbers such as 0,1,2, not {text}")
+    seeds = tuple(map(int, text.split(",")))
     if len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"a seed is given twice in {text}")
     return seeds
@@ -186,8 +191,8 @@ def methods_of(text: str) -> tuple[str, ...]:
 
 
 def count_of(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
     return int(text)
 
 
@@ -211,9 +216,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--methods", type=methods_of, help=f"to compare, or all [{','.join(COMPARED)}]"
     )
-    top.add_argument("--images", type=count_of, help="of each domain to measure features on [1000]")
+    top.add_argument("--images", type=count_of, help="of each domain to measure on [by study]")
     top.add_argument("--class", dest="curve_class", help="whose curve ccd draws [wall]")
-    top.add_argument("--numbers", type=count_of, help="of a method, for sweep and tune [all]")
+    top.add_argument("--numbers", type=count_of, help="how many searches, for sweep and tune [all]")
     add_run_flags(top, without=SET_HERE)
     return top
 
@@ -228,6 +233,9 @@ def parse(argv: list[str]) -> dict[str, Study]:
     unused = (OPTIONS & flags.keys()) - read
     if unused:
         raise ValueError(f"{what} does not use {', '.join(map(flag_of, sorted(unused)))}")
+    for name in asked:
+        if taken := flags.keys() & {*COMMANDS[name].sets}:
+            raise ValueError(f"{name} sets {', '.join(map(flag_of, taken))} itself")
     methods = {*flags.get("methods", COMPARED)}.union(*(COMMANDS[name].stage for name in asked))
     for name in flags:
         having = {method for method in METHODS if name in own_fields(method)}
@@ -238,20 +246,25 @@ def parse(argv: list[str]) -> dict[str, Study]:
     if what == "dusk":
         flags = {"src": "folder", "tgt": "folder", "backbone": "lite0"} | flags
     seeds = {name: COMMANDS[name].seeds for name in asked}
-    runs, images = Path("runs") / "study", 1000
+    images = {name: COMMANDS[name].images for name in asked}
+    runs = Path("runs") / "study"
     if of_study.pop("quick", False):
         if configure(read_by(clan.Hyper.method, flags))[0].backbone != "tiny":
-            raise ValueError("--quick is for streets: give --steps and --seeds instead")
-        flags, runs, images = QUICK | flags, Path("runs") / "study-quick", 100
+            raise ValueError("--quick is for tiny on streets: give --steps and --seeds instead")
+        flags, runs = QUICK | flags, Path("runs") / "study-quick"
+        images = {name: min(count, 100) for name, count in images.items()}
         seeds = {name: (0, 1) if len(seeds[name]) == 5 else (0,) for name in asked}
     usual = runs == Path("runs") / "study" and "runs" not in of_study
     runs = of_study.pop("runs", runs)
     results = Path("results") if usual else runs / "results"  # trials of one's own go elsewhere
     defaults: Flags = {"methods": COMPARED, "jobs": 1, "curve_class": "wall", "numbers": len(AXES)}
-    defaults |= {"seeds": (), "to": runs, "images": images, "results": results}
+    defaults |= {"to": runs, "results": results} | of_study
     command = shlex.join(["python", "study.py", *argv])
-    study = Study(flags=flags, runs=runs, command=command, **defaults | of_study)
-    return {name: study if study.seeds else replace(study, seeds=seeds[name]) for name in asked}
+    found = {}
+    for name in asked:
+        of_name: Flags = {"seeds": seeds[name], "images": images[name]} | defaults
+        found[name] = Study(flags=flags, runs=runs, command=command, **of_name)
+    return found
 
 
 def remedy_for(asked: list[Study]) -> str:

@@ -30,18 +30,19 @@ from runs import (
     t_interval,
     write,
 )
+from settings import Flags
 
 COMPARED = ("source", "tan", "clan")  # unless --methods says others
 
 
-def method_groups(study: Study) -> dict[str, list[dict]]:
+def method_groups(study: Study) -> dict[str, list[Flags]]:
     return {method: study.cells(method=method) for method in study.methods}
 
 
 BOUND = "target-trained (a bound)"
 
 
-def bound_groups(study: Study) -> dict[str, list[dict]]:
+def bound_groups(study: Study) -> dict[str, list[Flags]]:
     """Runs that learn the target's own labels. They bound what adaptation can reach."""
     settings, _ = study.shared
     known = settings.src == settings.tgt == "streets" and "source" in study.methods
@@ -157,6 +158,12 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
         "ours. * The paper prints 36.1 for CBST on SYNTHIA. Its 13 classes average 40.7."
     )
     write(study, f"systems-{study.task}", header, rows, note, results)
+    draw_gains(study, results)
+
+
+def draw_gains(study: Study, results: dict[str, list[dict]]) -> None:
+    """The figure of `systems`: each method's gain over source only, with its interval."""
+    source = results["source"]
     others = {m: points_apart(group, source) for m, group in results.items() if m != "source"}
     figure = Figure(figsize=(6, 0.6 + 0.3 * len(others)), layout="constrained")
     ax = figure.subplots()
@@ -173,8 +180,12 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
 def step_costs(study: Study) -> dict[str, tuple[float, float]]:
     """(time, memory) of each method's step over source only's, as bench.py has recorded them."""
     path = study.results / STEPS.format(study.shared[0].backbone)
-    found = json.loads(path.read_text())["methods"] if path.exists() else {}
-    return {m: (row["step_ratio"], row["peak_ratio"]) for m, row in found.items()}
+    try:
+        found = json.loads(path.read_text())["methods"] if path.exists() else {}
+        return {m: (row["step_ratio"], row["peak_ratio"]) for m, row in found.items()}
+    except (json.JSONDecodeError, KeyError) as error:
+        remedy = "make it again with bench.py step --method all --to results"
+        raise ValueError(f"{path} is damaged: {remedy}") from error
 
 
 STEPS = "step-{}.json"  # written by bench.py step --method all, by backbone

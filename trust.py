@@ -121,7 +121,7 @@ def disagreement(study: Study) -> None:
     """
     groups = {name: study.cells(**change) for name, change in head_settings(study).items()}
     results = run_groups(study, groups, checkpoints=True)
-    count, device = min(study.images, 100), device_of(study)
+    count, device = study.images, device_of(study)
     rows, classes = [], {}
     for name, cells in groups.items():
         source, val, to_source_ids = open_target(cells[0])

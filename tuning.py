@@ -13,6 +13,7 @@ import numpy as np
 
 import data
 import eval as evaluation
+import train
 from checkpoints import newest_checkpoint
 from devices import find_device
 from methods import METHODS
@@ -54,7 +55,7 @@ class Trials:
 
     def run(self, wanted: list[tuple[str, Values]]) -> None:
         """Make the trials that are missing. Raises ValueError if they would be too many."""
-        keys = {key_of(method, values): (method, values) for method, values in wanted}
+        keys = {trial_of(method, values): (method, values) for method, values in wanted}
         new = {key: trial for key, trial in keys.items() if key not in self.found}
         total = (len(self.found) + len(new)) * len(self.study.seeds)
         if total > self.most:
@@ -63,10 +64,10 @@ class Trials:
         self.found = run_groups(self.study, self.cells)  # all: warm-ups of earlier ones are shared
 
     def score(self, method: str, values: Values) -> float:
-        return spread(map(miou, self.found[key_of(method, values)]))[0]
+        return spread(map(miou, self.found[trial_of(method, values)]))[0]
 
 
-def key_of(method: str, values: Values) -> tuple:
+def trial_of(method: str, values: Values) -> tuple:
     return (method, *sorted(values.items()))
 
 
@@ -90,19 +91,10 @@ def sweep(study: Study) -> None:
         notes.append(f"lambda_local: mean M is {m:.4f} when adaptation starts, so (1 - eps) / M.")
     trials = Trials(study, fixed)
     best = {method: first_values(study) for method in ("tan", "clan")}
-    for name, steps in AXES[: study.numbers]:
-        best = descend(trials, best, name, steps)
-    rows = []
-    for (method, *values), group in trials.found.items():
-        chosen = "chosen" if dict(values) == best[method] else ""
-        chosen += " diverged" * any("diverged" in result for result in group)
-        shown = (f"{value:g}" for _, value in values)
-        score = mean_and_deviation(map(miou, group))
-        rows.append([METHODS[method].label, *shown, score, chosen])
-    header = ["method", *sorted(best["tan"]), f"mIoU on {study.shared[0].split}", ""]
+    for name, grid in AXES[: study.numbers]:
+        best = descend(trials, best, name, grid)
     notes.insert(0, "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting.")
-    named = {", ".join(map(str, key)): group for key, group in trials.found.items()}
-    write(study, f"sweep-{study.task}", header, rows, " ".join(notes), named)
+    write_trials(study, f"sweep-{study.task}", trials, best, " ".join(notes))
 
 
 def first_values(study: Study) -> Values:
@@ -113,29 +105,33 @@ def first_values(study: Study) -> Values:
 
 
 def on_dev(study: Study) -> Study:
-    """The study, scored on streets' dev split. Other targets have no such split."""
-    if study.shared[0].tgt != "streets":
-        return study
+    """The study, scored on streets' dev split. Raises ValueError for another target."""
+    tgt = study.shared[0].tgt
+    if tgt != "streets":
+        raise ValueError(
+            f"{tgt} has no dev split, and its val is for results: choose settings on streets, or "
+            "by scores that need no label"
+        )
     return replace(study, flags=study.flags | {"split": "dev"})
 
 
 def descend(
-    trials: Trials, best: dict[str, Values], name: str, steps: float | tuple[int, ...]
+    trials: Trials, best: dict[str, Values], name: str, grid: float | tuple[int, ...]
 ) -> dict[str, Values]:
     """The best values after a search along one axis, by method.
 
     All methods try the same values. While the best of one lies at an edge, all try the next one
     beyond it.
     """
-    if isinstance(steps, tuple):
-        values = {float(x) for x in steps}
+    if isinstance(grid, tuple):
+        values = {float(x) for x in grid}
     else:
         centres = {best[method][name] for method in best}
-        values = {rounded(c * k) for c in centres for k in (1 / steps, 1.0, steps)}
+        values = {rounded(c * k) for c in centres for k in (1 / grid, 1.0, grid)}
     while True:
         trials.run([(m, best[m] | {name: value}) for m in best for value in sorted(values)])
         tops = {m: top(trials, m, best[m], name, values) for m in best}
-        beyond = next_values(values, set(tops.values()), steps)
+        beyond = next_values(values, set(tops.values()), grid)
         if not beyond:
             return {m: best[m] | {name: tops[m]} for m in best}
         values |= beyond
@@ -146,17 +142,17 @@ def top(trials: Trials, method: str, best: Values, name: str, values: set[float]
     return max(sorted(values), key=lambda value: trials.score(method, best | {name: value}))
 
 
-def next_values(values: set[float], tops: set[float], steps: float | tuple[int, ...]) -> set[float]:
+def next_values(values: set[float], tops: set[float], grid: float | tuple[int, ...]) -> set[float]:
     """The values beyond those edges at which a best value lies; none beyond LONGEST."""
     found = set()
     low, high = min(values), max(values)
-    if isinstance(steps, tuple):
-        width = float(steps[1] - steps[0])
+    if isinstance(grid, tuple):
+        width = float(grid[1] - grid[0])
         found = {low - width} if low in tops else set()
         found |= {high + width} if high in tops else set()
         return {x for x in found if 0 < x <= LONGEST}
-    found = {rounded(low / steps)} if low in tops else set()
-    return found | ({rounded(high * steps)} if high in tops else set())
+    found = {rounded(low / grid)} if low in tops else set()
+    return found | ({rounded(high * grid)} if high in tops else set())
 
 
 def rounded(value: float) -> float:
@@ -175,6 +171,8 @@ def tune(study: Study) -> None:
     """
     study = replace(on_dev(study), unpaired=True)
     methods = [m for m in study.methods if METHODS[m].reads_target]
+    for method in methods:
+        study.cells(method=method)  # a flag that it refuses ends the study, not the grid
     trials = Trials(study, {}, most=100 * len(methods) * len(study.seeds))
     best: dict[str, Values] = {m: {} for m in methods}
     tried: dict[tuple[str, str], set[float]] = {}  # values by method and number
@@ -190,7 +188,12 @@ def tune(study: Study) -> None:
             tried[m, name] |= allowed(trials, m, best[m], name, further)
         tops = best_values(trials, best, names, tried)
         best = {m: best[m] | {names[m]: tops[m]} for m in methods}
-    write_trials(study, trials, best)
+    note = (
+        "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting. Each method "
+        "has two numbers with four values each; an edge is followed by two more where it allows "
+        "them. A number that is not named has its default. A run that diverged counts as 0."
+    )
+    write_trials(study, f"tune-{study.task}", trials, best, note)
 
 
 def best_values(
@@ -211,7 +214,14 @@ def between(values: set[float], best: float) -> set[float]:
 
 
 def two_beyond(values: set[float], best: float) -> set[float]:
-    """The next two values beyond the edge of a grid at which the best lies; none if inside."""
+    """The next two values beyond the edge of a grid at which the best lies; none if inside.
+
+    Raises ValueError for a grid of fewer than four.
+    """
+    if len(values) < 4:
+        raise ValueError(
+            f"a grid needs four values, not {sorted(values)}: drop flags that limit it"
+        )
     low, second, *_, last, high = sorted(values)
     if best not in (low, high):
         return set()
@@ -232,23 +242,18 @@ def allowed(trials: Trials, method: str, best: Values, name: str, values: set[fl
     return found
 
 
-def write_trials(study: Study, trials: Trials, best: dict[str, Values]) -> None:
+def write_trials(
+    study: Study, name: str, trials: Trials, best: dict[str, Values], note: str
+) -> None:
     rows = []
     for (method, *values), group in trials.found.items():
-        shown = ", ".join(f"{name} {value:g}" for name, value in values)
+        shown = ", ".join(f"{number} {value:g}" for number, value in values)
         chosen = "chosen" if dict(values) == best[method] else ""
         chosen += " diverged" * any("diverged" in result for result in group)
         scores = mean_and_deviation(map(miou, group))
         rows.append([METHODS[method].label, shown, scores, chosen])
-    split = study.shared[0].split
-    note = (
-        "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting. Each method "
-        "has two numbers with four values each; an edge is followed by two more where it allows "
-        "them. A number that is not named has its default. A run that diverged counts as 0."
-    )
-    named = {", ".join(map(str, key)): group for key, group in trials.found.items()}
-    header = ["method", "numbers", f"mIoU on {split}", ""]
-    write(study, f"tune-{study.task}", header, rows, note, named)
+    header = ["method", "numbers", f"mIoU on {study.shared[0].split}", ""]
+    write(study, name, header, rows, note, trials.found)
 
 
 def chosen_heads(study: Study) -> tuple[str, str]:
@@ -266,7 +271,10 @@ def chosen_heads(study: Study) -> tuple[str, str]:
 def source_score(flags: Flags) -> float:
     """mIoU of a finished run on the dev split of its source."""
     settings, _ = configure(flags)
-    dev = data.open_dataset("streets", "source", "dev", size=settings.src_size or settings.tgt_size)
+    source, _, _ = train.open_all(settings)
+    place = ("streets", "source", "dev", None, source.size)
+    mixed = settings.looks == "mixed"
+    dev = data.open_dataset(*place, scenes=settings.scenes, mixed=mixed)
     G, _ = load_generator(newest_checkpoint(flags["out"]), say=lambda _: None)
     to_source_ids, _, _ = data.shared_classes(dev, dev)
     device = find_device(settings.device)

@@ -32,20 +32,31 @@ def test_second_a_stage_goes_on_with_a_run_and_is_recorded_without_its_folder(tm
     assert kept["init"] == "tan-lambda_adv0.5", "neither seed nor folder"
 
 
-def test_second_a_flag_of_the_trust_holds_for_the_weights_on_which_it_acts(tmp_path):
+def test_second_a_flag_of_the_trust_holds_for_the_weights_that_read_it(tmp_path):
     s = study.parse(["second", "--runs", str(tmp_path), "--trusted", "0.3"])["second"]
     first = s.cells(method="tan")
-    shares = {
-        trust: configure(second.stage_after(s, first, trust=trust)[0])[1].trusted
-        for trust in second.BY
-    }
-    assert shares == {"confidence": 0.3, "both": 0.3, "m": 0.5, "constant": 0.5}
+
+    def of_each(s, name: str) -> dict:
+        cells = {trust: second.stage_after(s, first, trust=trust)[0] for trust in second.BY}
+        return {trust: getattr(configure(flags)[1], name) for trust, flags in cells.items()}
+
+    assert of_each(s, "trusted") == {"confidence": 0.3, "both": 0.3, "m": 0.5, "constant": 0.5}
     s = study.parse(["second", "--runs", str(tmp_path), "--trust", "m", "--tau", "0.5"])["second"]
-    taus = {
-        trust: configure(second.stage_after(s, first, trust=trust)[0])[1].tau for trust in second.BY
-    }
-    assert taus == {"confidence": 0.01, "both": 0.5, "m": 0.5, "constant": 0.01}
-    assert second.stage_numbers(s, first[0]).trust == "m"
+    assert of_each(s, "tau") == {"confidence": 0.01, "both": 0.5, "m": 0.5, "constant": 0.01}
+    assert second.numbers_of_stage(s, first[0]).trust == "m"
+    (cell, *_) = second.stage_weighed_by(s, first, "m")
+    assert configure(cell)[1].tau == 0.5, "--tau holds, and nothing is fitted"
+
+
+def test_second_the_tau_of_m_is_fitted_to_each_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(second, "start_tau", lambda study, first: {"tan": 0.2, "clan": 0.4}[
+        first["method"]])  # fmt: skip
+    s = study.parse(["second", "--runs", str(tmp_path)])["second"]
+    taus = [
+        configure(second.stage_weighed_by(s, s.cells(method=m), "both")[0])[1].tau
+        for m in ("tan", "clan")
+    ]
+    assert taus == [0.2, 0.4]
 
 
 def test_second_tau_gives_the_wanted_mean_weight():
@@ -83,6 +94,9 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     assert [name for name in rows if name.endswith("shuffled")], "of the better weight"
     assert rows["TAN"][1] == "" and rows["TAN, FDA"][1] and rows["TAN, by M"][1]
     assert rows["CLAN, by confidence"][2] and not rows["CLAN"][2].strip("-")
+    lines = (tmp_path / "val" / "results" / f"{TASK}.jsonl").read_text().splitlines()
+    free = [x for x in map(json.loads, lines) if x["settings"].get("source_free")]
+    assert free and all({"st", "kept", "m"} <= line["result"]["terms"].keys() for line in free)
     studied("fourier", tmp_path, "--seeds", "10")
     assert list(table(tmp_path, "fourier")) == ["0", *(f"{beta:g}" for beta in second.BETAS)]
     studied("reliable", tmp_path / "val", "--seeds", "0")

@@ -295,7 +295,7 @@ def test_study_refuses_a_folder_of_another_configuration(scenes, tmp_path):
     ("flags", "sentence"),
     (
         (["--class", "zebra"], "zebra"),
-        (["--quick", "--backbone", "r101"], "--quick is for streets"),
+        (["--quick", "--backbone", "r101"], "--quick is for tiny on streets"),
         (["--eps", "-1"], "eps must not be negative"),
     ),
 )
@@ -481,12 +481,38 @@ def test_study_a_flag_of_one_method_holds_for_its_runs_alone(tmp_path):
         (["table", "--portion", "0.3"], "no run that reads --portion, of cbst, st"),
         (["table", "--tau", "0.3"], "no run that reads --tau, of selftrain"),
         (["tune", "--methods", "tan,clan", "--gate", "0.3"], "--gate, of cycada"),
+        (["second", "--fourier", "0.1"], "second sets --fourier itself"),
     ],
 )
 def test_study_a_flag_that_no_run_reads_is_refused(line, words):
     with pytest.raises(ValueError, match=words):
         study.parse(line)
     assert study.parse(["second", "--trusted", "0.3"])["second"].flags["trusted"] == 0.3
+
+
+@pytest.mark.parametrize("what", ["sweep", "tune", "trials", "fourier"])
+def test_study_settings_are_not_chosen_on_the_labels_that_results_are_of(what, tmp_path):
+    line = [what, "--tgt", "folder", "--tgt-dir", str(tmp_path), "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit, match="folder has no dev split, and its val is for results"):
+        study.main(line)
+
+
+def test_study_a_flag_that_a_tuned_method_refuses_is_named(tmp_path):
+    line = ["tune", "--methods", "mcd", "--mcd-steps", "0", "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit, match="mcd_steps must be at least 1"):
+        study.main(line)
+    with pytest.raises(ValueError, match="a grid needs four values"):
+        tuning.two_beyond({0.5}, 0.5)
+
+
+def test_study_damaged_costs_are_named(tmp_path):
+    s = replace(study.parse(["table"])["table"], results=tmp_path)
+    assert tables.step_costs(s) == {}
+    (tmp_path / "step-tiny.json").write_text('{"machine": "x"}')
+    with pytest.raises(
+        ValueError, match=r"step-tiny\.json is damaged: make it again with bench\.py"
+    ):
+        tables.step_costs(s)
 
 
 def test_study_quick_of_everything_leaves_no_part_out(tmp_path):
@@ -497,6 +523,7 @@ def test_study_quick_of_everything_leaves_no_part_out(tmp_path):
         one = name in ("params", "disagreement", "calibration", "control")
         assert s.seeds == ((0,) if one else (0, 1))
         assert s.flags["steps"] < 400 and s.images == 100
+    assert study.parse(["second"])["second"].images == 50
     usual = study.parse(["all", "--runs", str(tmp_path)])
     assert usual["table"].seeds == (0, 1, 2, 3, 4) and usual["control"].seeds == tuple(range(10))
     assert study.parse(["sweep"])["sweep"].seeds == study.TUNING_SEEDS
@@ -777,7 +804,8 @@ def test_study_sweep_chooses_on_dev(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "MOST_RUNS", 40)
     studied("sweep", tmp_path, "--seeds", "10")
     content = json.loads((tmp_path / "sweep-streets-streets-tiny.json").read_text())
-    assert content["header"][1:5] == ["lambda_adv", "length", "lr_d", "mIoU on dev"]
+    assert content["header"][:3] == ["method", "numbers", "mIoU on dev"]
+    assert {row[1].split()[0] for row in content["rows"]} == {"lambda_adv"}
     chosen = [row for row in content["rows"] if row[-1] == "chosen"]
     assert sorted(row[0] for row in chosen) == ["CLAN", "TAN"]
     assert "seg_heads by source only" in content["notes"][0] and "mean M is" in content["notes"][0]
