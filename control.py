@@ -322,13 +322,13 @@ def negative_transfer(study: Study, results: dict[str, list[dict]]) -> None:
             curves.append([spread(point["iou"][i] for i in places)[0] for point in points])
         steps, values = [point["step"] for point in points], np.array(curves)
         ax.plot(steps, 100 * values.mean(axis=0), label=name)
-        moments = (values[:, 0], values.min(axis=1), values[:, -1])
+        moments = (values[:, 0], values[:, 1:].min(axis=1), values[:, -1])
         rows.append([name, *map(mean_and_deviation, moments)])
     ax.set(xlabel="step", ylabel="IoU of the aligned classes, %")
     ax.legend(fontsize=8)
     save_figure(study, figure, f"transfer-{study.task}", [r for g in results.values() for r in g])
     step = results["CLAN"][0]["curve"][0]["step"]
-    header = ["method", f"at step {step}", "lowest", "at the end"]
+    header = ["method", f"at step {step}", "lowest after it", "at the end"]
     note = (
         f"Mean IoU in % of the classes that source only knows best on dev: {', '.join(aligned)}. "
         "Mean ± deviation over seeds."
