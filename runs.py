@@ -445,6 +445,9 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
             record(study, cells_of[out], result)
     known = done if checkpoints else known_results(study, lines, done, [*cells_of.values()])
     missing = [flags for out, flags in cells_of.items() if out not in known]
+    if recorded := len(known.keys() - done.keys()):
+        place = study.results / f"{study.task}.jsonl"
+        print(f"{recorded} of {len(cells_of)} runs are recorded in {place}", flush=True)
     if missing:
         need_labels(missing[0])
     donors = choose_donors(study, missing)

@@ -39,8 +39,7 @@ from runs import (
 from selftrain import SelftrainHyper, Trust, trust_in
 from settings import Flags, configure
 from tables import step_costs
-from train import open_all
-from trust import auc, m_and_errors
+from trust import auc, labelled_target, m_and_errors
 from tuning import on_dev
 
 Cells = list[Flags]
@@ -144,16 +143,6 @@ def teachers(flags: Flags) -> dict[int, Path]:
     start = flags["out"] / BEFORE
     found = {read_metadata(p)["step"]: p for p in of_steps(flags["out"])}
     return ({0: start} if start.exists() else {}) | found
-
-
-def labelled_target(flags: Flags) -> tuple[data.DataSet, np.ndarray]:
-    """The images on which labels are judged: streets' training images, else those of val."""
-    settings, _ = configure(flags)
-    source, _, judged = open_all(settings)
-    if settings.tgt == "streets":
-        place = ("streets", "target", "train", None, judged.size)
-        judged = data.open_dataset(*place, shift=settings.shift, scenes=settings.scenes)
-    return judged, data.shared_classes(source, judged)[0]
 
 
 def labels_over_time(

@@ -60,7 +60,7 @@ from second import fourier, reliable, second, signs, trials
 from settings import Flags, add_run_flags, configure, flag_of, less_memory
 from tables import COMPARED, table_1_and_2
 from train import NOT_BEGUN
-from trust import calibration, disagreement, ranking
+from trust import SELF_TRAINING, calibration, disagreement, labels, ranking
 from tuning import AXES, TUNING_SEEDS, sweep, tune
 
 # Photographs as the target.
@@ -160,6 +160,7 @@ COMMANDS = {
     "instrument": Command(instrument, {"images"}, TUNING_SEEDS, 32),
     "sweep": Command(sweep, {"numbers"}, TUNING_SEEDS),
     "tune": Command(tune, {"methods", "numbers"}, TUNING_SEEDS[:2]),
+    "labels": Command(labels, {"images"}, images=50, stage=SELF_TRAINING),
     "ranking": Command(ranking, set()),
     "calibration": Command(calibration, {"methods", "images"}, (0,)),
     "trials": Command(trials, {"images"}, TUNING_SEEDS[:2], 50, SECOND),
@@ -170,8 +171,9 @@ COMMANDS = {
     "photographs": Command(photographs, set(), (0, 1, 2)),
     "dusk": Command(dusk, set(), (0, 1, 2)),
 }
-# For tuning, of other runs, of photographs, or of a second stage.
-NOT_IN_ALL: tuple[str, ...] = ("instrument", "sweep", "tune", "ranking", "photographs", "dusk")
+# For tuning, of other methods and runs, of photographs, or of a second stage.
+NOT_IN_ALL: tuple[str, ...] = ("instrument", "sweep", "tune", "labels", "ranking")
+NOT_IN_ALL += ("photographs", "dusk")
 NOT_IN_ALL += ("trials", "fourier", "signs", "second", "reliable")
 QUICK = {"steps": 100, "adv_start": 80, "eval_every": 10}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))

@@ -2,6 +2,7 @@
 
     python study.py disagreement    # M against errors, and what makes it informative
     python study.py calibration     # confidence against accuracy
+    python study.py labels          # of ST and CBST: how many are right
     python study.py ranking         # of runs and checkpoints, against mIoU
 
 Labels are read here to judge these signs, never to train.
@@ -17,7 +18,9 @@ from matplotlib.figure import Figure
 
 import data
 import eval as evaluation
-from checkpoints import BEFORE, newest_checkpoint
+from baselines import pseudo_labels
+from checkpoints import BEFORE, newest_checkpoint, read_checkpoint
+from classes import IGNORE
 from control import GRADIENT, REGIMES, on_streets
 from figures import bars, device_of, first_seed, load, open_target
 from methods import METHODS
@@ -25,6 +28,7 @@ from models import Generator
 from predictions import ensemble_and_m
 from runs import (
     Study,
+    key_of,
     mean_and_deviation,
     miou,
     run_groups,
@@ -32,7 +36,8 @@ from runs import (
     spread,
     write,
 )
-from settings import Flags
+from settings import Flags, configure
+from train import open_all
 
 # Does M tell where the ensemble is wrong?
 
@@ -220,6 +225,68 @@ def calibration(study: Study) -> None:
     write(study, f"calibration-{study.task}", header, rows, note, results)
 
 
+# How good are the labels that self-training learns from?
+
+
+def labelled_target(flags: Flags) -> tuple[data.DataSet, np.ndarray]:
+    """The images on which labels are judged: streets' training images, else those of val."""
+    settings, _ = configure(flags)
+    source, _, judged = open_all(settings)
+    if settings.tgt == "streets":
+        place = ("streets", "target", "train", None, judged.size)
+        judged = data.open_dataset(*place, shift=settings.shift, scenes=settings.scenes)
+    return judged, data.shared_classes(source, judged)[0]
+
+
+def labels(study: Study) -> None:
+    """How many of the labels that ST and CBST learn from are right, in their last round.
+
+    Labels of the target's images, as the method makes them: the labeller and the thresholds are in
+    the last checkpoint.
+    """
+    groups = {method: study.cells(method=method) for method in SELF_TRAINING}
+    results = run_groups(study, groups, checkpoints=True)
+    rows = []
+    for method, cells in groups.items():
+        found = [judged_labels(study, flags) for flags in cells]
+        share, right = (mean_and_deviation(x[i] for x in found) for i in (0, 1))
+        never = np.mean([x[2] for x in found])
+        score = mean_and_deviation(map(miou, results[method]))
+        rows.append([METHODS[method].label, share, right, f"{never:.1f}", score])
+    header = ["method", "labelled", "right", "classes without", "mIoU"]
+    note = (
+        f"% of the pixels that get a label in the last round, on {study.images} images of the "
+        "target (streets: training images), % of these labels that are right, and how many classes "
+        "get none. Mean ± deviation over seeds."
+    )
+    write(study, f"labels-{study.task}", header, rows, note, results)
+
+
+SELF_TRAINING = ("st", "cbst")
+
+
+def judged_labels(study: Study, flags: Flags) -> tuple[float, float, int]:
+    """(share of the pixels with a label, accuracy of the labels, classes without) of one run."""
+    path = newest_checkpoint(flags["out"])
+    G = load(path, device_of(study))
+    tensors, _ = read_checkpoint(path)
+    of_state = "state.labeller."
+    labeller = {k.removeprefix(of_state): v for k, v in tensors.items() if k.startswith(of_state)}
+    G.load_state_dict(labeller)
+    target, to_source_ids = labelled_target(flags)
+    kept = right = pixels = 0
+    counts = torch.zeros(G.num_classes)
+    for _, image, label in evaluation.spread_images(target, study.images):
+        ids = torch.from_numpy(to_source_ids[label.numpy()])
+        p, _ = ensemble_and_m(G, image, ids.shape)
+        found = pseudo_labels(p[None], tensors["state.thresholds"])[0].where(ids != IGNORE, IGNORE)
+        pixels += int((ids != IGNORE).sum())
+        kept += int((found != IGNORE).sum())
+        right += int((found[found != IGNORE] == ids[found != IGNORE]).sum())
+        counts += torch.bincount(found[found != IGNORE], minlength=G.num_classes)
+    return kept / max(pixels, 1), right / max(kept, 1), int((counts == 0).sum())
+
+
 # Which figure that needs no label ranks runs as mIoU does?
 
 FIGURES: dict[str, Callable[[dict], float]] = {
@@ -280,6 +347,8 @@ def ranking(study: Study) -> None:
     lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
     lines = [x for x in lines if x["settings"]["split"] == "val" and "confidence" in x["result"]]
     lines = [x for x in lines if x["settings"].get("looks") != "city"]  # a bound, no choice
+    made_once = {key_of(x["settings"], x["seed"]): x for x in reversed(lines)}
+    lines = list(reversed(made_once.values()))  # of a run from two machines the first counts
     if len(lines) < 3:
         raise ValueError(f"{path} has fewer than three scored runs: make some, by `control`")
     groups = candidates(lines)

@@ -622,6 +622,21 @@ def test_study_calibration_error_by_hand():
     assert trust.calibration_error(np.ones(10), np.ones(10, bool)) == 0
 
 
+# Labels of self-training.
+
+
+@pytest.mark.slow
+def test_study_as_many_labels_are_found_as_the_last_round_was_to_give(scenes, tmp_path):
+    """The share is kept to a bin of confidence, which holds many pixels of an untrained network."""
+    flags = ["--seeds", "0,1", "--rounds", "1", "--portion", "0.4", "--images", "1000"]
+    studied("labels", tmp_path, *flags)
+    rows = json.loads((tmp_path / f"labels-{TASK}.json").read_text())["rows"]
+    assert [row[0] for row in rows] == ["ST", "CBST"]
+    for _, share, right, never, _ in rows:
+        assert 40 <= float(share.split()[0]) < 55
+        assert 0 < float(right.split()[0]) <= 100 and 0 <= float(never) < 19
+
+
 # Figures that need no label.
 
 
@@ -655,6 +670,7 @@ def test_study_ranking_reads_the_recorded_runs_and_trains_nothing(tmp_path):
     flags = ["--to", str(tmp_path), "--results", str(tmp_path), "--runs", str(tmp_path / "none")]
     assert "fewer than three scored runs" in study_error("ranking", tmp_path, *flags[2:4])
     lines = [recorded_line(s, x, 0.3 + s / 10 + x / 20) for s in range(3) for x in (0.0, 1.0, 2.0)]
+    lines.append(recorded_line(0, 0.0, 0.9))  # the first run once more, by another machine
     lines.append(recorded_line(0, 9.0, 0.0, "dev"))
     lines.append(recorded_line(0, 9.0, 0.9))
     lines[-1]["settings"]["looks"] = "city"  # the bound
