@@ -57,7 +57,8 @@ class Method:
     # The weights that are scored, from the state; None: those of G. A method with others is a
     # second stage: it goes on with a network that has learnt.
     result: Callable[[State], State] | None = None
-    tuned: Axes = baselines.TUNED  # the two numbers that matter most, and four values of each
+    # The two numbers that matter most, and four values of each; (): it has those of another row.
+    tuned: Axes | tuple[()] = ()
 
 
 def self_training(label: str, balanced: bool) -> Method:
@@ -76,8 +77,8 @@ def self_training(label: str, balanced: bool) -> Method:
 
 METHODS = {
     "source": Method("source only", CLAN_ONLY | ADVERSARIAL, reads_target=False),
-    "tan": Method("TAN", CLAN_ONLY),
-    "clan": Method("CLAN", set(), warm_up="clan"),
+    "tan": Method("TAN", CLAN_ONLY, tuned=baselines.TUNED),
+    "clan": Method("CLAN", set(), warm_up="clan", tuned=baselines.TUNED),
     "clan_late": Method("CLAN, Eq. 4 late", set(), g_step=baselines.late_clan_step),
     "minent": Method(
         "MinEnt",
@@ -87,7 +88,9 @@ METHODS = {
         g_step=baselines.minent_step,
         tuned=baselines.MINENT_TUNED,
     ),
-    "advent": Method("AdvEnt", NOT_OF_BASELINES, g_step=baselines.advent_step),
+    "advent": Method(
+        "AdvEnt", NOT_OF_BASELINES, g_step=baselines.advent_step, tuned=baselines.TUNED
+    ),
     "mcd": Method(
         "MCD",
         CLAN_ONLY | ADVERSARIAL,

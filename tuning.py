@@ -166,20 +166,24 @@ def rounded(value: float) -> float:
 def tune(study: Study) -> None:
     """Two numbers of each method, four values each, one after the other, on the dev split.
 
-    The section of each method names them. A best value at an edge is followed with two more.
+    The section of each method names them. A best value at an edge is followed with two more. Rows
+    that have the numbers of another are left out: source only, CLAN with a late Eq. 4.
     --numbers 1 chooses the first number alone.
     """
     study = replace(on_dev(study), unpaired=True)
-    methods = [m for m in study.methods if METHODS[m].reads_target]
+    axes = {m: found for m in study.methods if (found := METHODS[m].tuned)}
+    if not axes:
+        raise ValueError(f"{', '.join(study.methods)}: not tuned; name others with --methods")
+    methods = [*axes]
     for method in methods:
         study.cells(method=method)  # a flag that it refuses ends the study, not the grid
     trials = Trials(study, {}, most=100 * len(methods) * len(study.seeds))
     best: dict[str, Values] = {m: {} for m in methods}
     tried: dict[tuple[str, str], set[float]] = {}  # values by method and number
     for place in range(min(study.numbers, 2)):
-        names = {m: METHODS[m].tuned[place][0] for m in methods}
+        names = {m: axes[m][place][0] for m in methods}
         for m, name in names.items():
-            before, values = tried.get((m, name), set()), {*METHODS[m].tuned[place][1]}
+            before, values = tried.get((m, name), set()), {*axes[m][place][1]}
             wanted = values or before | between(before, best[m][name])
             tried[m, name] = allowed(trials, m, best[m], name, wanted)
         tops = best_values(trials, best, names, tried)

@@ -498,6 +498,8 @@ def test_study_settings_are_not_chosen_on_the_labels_that_results_are_of(what, t
 
 
 def test_study_a_flag_that_a_tuned_method_refuses_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="source, clan_late: not tuned; name others"):
+        study.main(["tune", "--methods", "source,clan_late", "--runs", str(tmp_path)])
     line = ["tune", "--methods", "mcd", "--mcd-steps", "0", "--runs", str(tmp_path)]
     with pytest.raises(SystemExit, match="mcd_steps must be at least 1"):
         study.main(line)
@@ -919,7 +921,8 @@ def test_study_tune_of_one_number_leaves_the_other(monkeypatch, tmp_path):
 
 def test_study_each_method_names_two_numbers_of_its_own_with_four_values_each():
     for name, method in METHODS.items():
-        if not method.reads_target:
+        assert bool(method.tuned) == (name not in ("source", "clan_late")), "those have another's"
+        if not method.tuned:
             continue
         (first, values), (second, others) = method.tuned
         used = configure({"method": name})[1]
