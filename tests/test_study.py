@@ -456,6 +456,14 @@ def test_study_table_of_all_systems_has_gains_costs_and_the_papers_numbers(monke
     assert rows["CBST"]["paper, SYNTHIA"] == "40.7 * (26.2)", "36.1 is printed"
     assert rows["TAN"]["paper, GTA5"] == "35.0 (17.9)"
     assert Image.open(tmp_path / f"systems-{TASK}.png").size[0] > 300
+    monkeypatch.setattr(tables, "BY_EIGHT_TRIALS", {"tan": {"lr_d": 3e-4}})
+    study.main([*flags, "--methods", "source,tan,clan,cbst"])
+    content = json.loads((tmp_path / f"systems-{TASK}.json").read_text())
+    rows = {row[0]: dict(zip(content["header"], row, strict=True)) for row in content["rows"]}
+    assert rows["TAN, by eight trials"]["gain over source only"] == "+0.0 [+0.0, +0.0]"
+    assert rows["TAN, by eight trials"]["paper, GTA5"] == "35.0 (17.9)" and "TAN" in rows
+    header = json.loads((tmp_path / f"table-{TASK}.json").read_text())["header"]
+    assert not [name for name in header if "trials" in name], "of the other table alone"
 
 
 def test_study_the_papers_rows_stand_with_the_source_only_of_each_system():
