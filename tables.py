@@ -49,8 +49,8 @@ def bound_groups(study: Study) -> dict[str, list[Flags]]:
     return {BOUND: study.cells(method="source", looks="city")} if known else {}
 
 
-# What `study.py tune` chose for TAN and CLAN by the eight trials of each method, where it is not their
-# default. Their defaults are of a longer search.
+# What `study.py tune` chose for TAN and CLAN by the eight trials that each method has. Only where
+# it is not their default, which is of a longer search.
 BY_EIGHT_TRIALS: dict[str, Flags] = {}
 
 
