@@ -86,10 +86,8 @@ class Study:
         """
         method = change.get("method", clan.Hyper.method)
         flags = read_by(method, self.flags | change)
-        usual, fields = (
-            all_fields(read_by(method, self.flags) | {"method": method}),
-            all_fields(flags),
-        )
+        usual = all_fields(read_by(method, self.flags) | {"method": method})
+        fields = all_fields(flags)
         changed = [k for k in sorted(change) if k in flags and k not in FREE | {"method"}]
         changed = [k for k in changed if fields[k] != usual.get(k)]
         shown = fields | {"init": name_of_init(fields["init"])}
@@ -154,14 +152,18 @@ def key_of(settings: dict, seed: int) -> str:
     return json.dumps([settings, seed], sort_keys=True)
 
 
+def key_of_line(line: dict) -> str:
+    """What a recorded run computes. A field that is newer than its line had its default."""
+    return key_of(same_run(usual_fields() | line["settings"]), line["seed"])
+
+
 Recorded = dict[str, list[dict]]  # results by what they compute, in the order of their file
 
 
 def recorded_lines(study: Study) -> Recorded:
     """The recorded results. One run may be there from several machines.
 
-    A field that is newer than a line had its default in that run. A line without what the studies
-    of today read is not taken.
+    A line without what the studies of today read is not taken.
     """
     path = study.results / f"{study.task}.jsonl"
     found: Recorded = {}
@@ -170,13 +172,11 @@ def recorded_lines(study: Study) -> Recorded:
             line = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}, is damaged: delete this line") from error
-        settings = line["settings"]
-        counts = same_run(usual_fields() | settings)  # with today's fields
         read_today = {"before", "diverged"} & line["result"].keys()
-        read_today = read_today or not METHODS[settings["method"]].reads_target
+        read_today = read_today or not METHODS[line["settings"]["method"]].reads_target
         if read_today and counts_in(study, line["result"]):
             result = line["result"] | {key: line[key] for key in ("commit", "machine")}
-            found.setdefault(key_of(counts, line["seed"]), []).append(result)
+            found.setdefault(key_of_line(line), []).append(result)
     return found
 
 

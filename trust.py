@@ -28,7 +28,7 @@ from models import Generator
 from predictions import ensemble_and_m
 from runs import (
     Study,
-    key_of,
+    key_of_line,
     mean_and_deviation,
     miou,
     run_groups,
@@ -347,7 +347,7 @@ def ranking(study: Study) -> None:
     lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
     lines = [x for x in lines if x["settings"]["split"] == "val" and "confidence" in x["result"]]
     lines = [x for x in lines if x["settings"].get("looks") != "city"]  # a bound, no choice
-    made_once = {key_of(x["settings"], x["seed"]): x for x in reversed(lines)}
+    made_once = {key_of_line(x): x for x in reversed(lines)}
     lines = list(reversed(made_once.values()))  # of a run from two machines the first counts
     if len(lines) < 3:
         raise ValueError(f"{path} has fewer than three scored runs: make some, by `control`")
