@@ -366,7 +366,8 @@ def instrument(study: Study) -> None:
     note = (
         "Cosines of G's adversarial gradient on the target with the weights of M, against the same "
         "weights shuffled and against weight 1: at the logits, and of E's filters. Spread: "
-        "standard deviation over mean of the weights within an image. First seed of CLAN."
+        "standard deviation over mean of the weights within an image. First seed of CLAN. At the "
+        "start D has its first weights, unless it has learnt before."
     )
     write(study, f"instrument-{study.task}", header, rows, note, results)
 
