@@ -674,11 +674,11 @@ def points_apart(a: list[dict], b: list[dict], pick: Pick = miou) -> list[float]
 
 
 def difference(a: list[dict], b: list[dict], pick: Pick = miou) -> str:
-    """'-0.6 [-2.1, 0.9]': the paired mean of a - b in points, and its bootstrap interval."""
+    """'-0.6 [-2.1, +0.9]': the paired mean of a - b in points, and its interval by Student's t."""
     pairs = points_apart(a, b, pick)
     if not pairs:
         return "-"
-    return f"{np.mean(pairs):+.1f}{brackets(interval(pairs))}"
+    return f"{np.mean(pairs):+.1f}{brackets(t_interval(pairs))}"
 
 
 def brackets(limits: tuple[float, float]) -> str:
@@ -688,10 +688,7 @@ def brackets(limits: tuple[float, float]) -> str:
 
 # Writing results.
 
-INTERVALS = (
-    "Brackets: 95 % bootstrap interval of the difference paired by seed. With this few seeds it is "
-    "too narrow: the true uncertainty is larger."
-)
+INTERVALS = "Brackets: 95 % interval of the difference paired by seed, by Student's t."
 
 
 def provenance(study: Study, results: list[dict]) -> str:

@@ -25,15 +25,15 @@ from figures import device_of, load
 from models import Generator
 from predictions import ensemble_and_m
 from runs import (
+    INTERVALS,
     Study,
-    brackets,
+    difference,
     mean_and_deviation,
     miou,
     points_apart,
     run_groups,
     save_figure,
     spread,
-    t_interval,
     write,
 )
 from selftrain import SelftrainHyper, Trust, trust_in
@@ -307,18 +307,16 @@ def write_second(
     taus = {f"{x['tau']:g}" for x in numbers if x.get("trust") in READ_BY["tau"]}
     for name, group in (before | results).items():
         start = next((before[x] for x in before if name.startswith(f"{x}, ")), None)
-        pairs = points_apart(group, start) if start else []
-        gain = f"{np.mean(pairs):+.1f}{brackets(t_interval(pairs))}" if start else ""
+        gain = difference(group, start) if start else ""
         students = mean_and_deviation(r.get("student", {}).get("miou") for r in group)
         rows.append([name, mean_and_deviation(map(miou, group)), gain, students])
     header = ["start, weight of the labels", "mIoU", "minus the start alone", "student"]
     note = (
         "Target mIoU in %, mean ± deviation over seeds: of the teacher at the last step, and of "
-        "the student. The difference from the row of the start alone, paired by seed, with a 95 % "
-        "interval by Student's t. The loss divides by the sum of the weights, so all have the "
-        f"same mean. tau is {', '.join(sorted(taus))}: with it the mean of exp(-M / tau) is the "
-        "share that counts by confidence. FDA is no second stage: it styles the source from the "
-        "first step on."
+        f"the student; the difference from the row of the start alone. {INTERVALS} The loss "
+        "divides by the sum of the weights, so all have the same mean. "
+        f"tau is {', '.join(sorted(taus))}: with it the mean of exp(-M / tau) is the share that "
+        "counts by confidence. FDA is no second stage: it styles the source from the first step on."
     )
     costs = step_costs(study)
     if {"selftrain", "clan"} <= costs.keys():

@@ -19,7 +19,6 @@ from runs import (
     INTERVALS,
     Pick,
     Study,
-    brackets,
     difference,
     mean_and_deviation,
     miou,
@@ -151,8 +150,7 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
     rows = []
     for name, group in results.items():
         method = method_of[name]
-        pairs = points_apart(group, source)
-        gain = "" if method == "source" else f"{np.mean(pairs):+.1f}{brackets(t_interval(pairs))}"
+        gain = "" if method == "source" else difference(group, source)
         rare = [spread(r["iou"].get(c) for c in INFREQUENT)[0] for r in group]
         lost = [lost_classes(*both) for both in zip(group, source, strict=True)]
         rows.append([
@@ -167,8 +165,8 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
     header = ["method", "mIoU", "gain over source only", "infrequent", "classes lost"]
     header += ["time a step", "memory", "paper, GTA5", "paper, SYNTHIA"]
     note = (
-        "Target mIoU in %, last checkpoint, mean ± standard deviation over seeds; the gain, paired "
-        "by seed, with a 95 % interval by Student's t; mean IoU of the infrequent classes "
+        "Target mIoU in %, last checkpoint, mean ± standard deviation over seeds; the gain; mean "
+        "IoU of the infrequent classes "
         f"({', '.join(INFREQUENT)}); how many classes end more than 2 points below source only. "
         f"Time and peak memory of a step of adaptation over those of source only's step, from "
         f"{STEPS.format(study.shared[0].backbone)} beside the recorded runs (bench.py "
@@ -176,7 +174,8 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
         "is not in them. † not in the paper's tables. The "
         "paper's: mIoU with VGG-16 (of 13 classes on SYNTHIA), in brackets that of the source-only "
         "network that the row is compared with. These networks differ from each other and from "
-        "ours. * The paper prints 36.1 for CBST on SYNTHIA. Its 13 classes average 40.7."
+        "ours. * The paper prints 36.1 for CBST on SYNTHIA. Its 13 classes average 40.7. "
+        f"{INTERVALS}"
     )
     write(study, f"systems-{study.task}", header, rows, note, results)
     draw_gains(study, results)

@@ -28,12 +28,14 @@ from models import Generator
 from predictions import ensemble_and_m
 from runs import (
     Study,
+    all_fields,
     key_of_line,
     mean_and_deviation,
     miou,
     run_groups,
     save_figure,
     spread,
+    usual_fields,
     write,
 )
 from settings import Flags, configure
@@ -341,11 +343,13 @@ def candidates(lines: list[dict]) -> dict[str, list[list[dict]]]:
 def ranking(study: Study) -> None:
     """Which figure that needs no label ranks runs and checkpoints as mIoU does?
 
-    Over the recorded runs that are scored on val. It trains nothing.
+    Over the recorded runs of this target that are scored on val. It trains nothing.
     """
     path = study.results / f"{study.task}.jsonl"
     lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
     lines = [x for x in lines if x["settings"]["split"] == "val" and "confidence" in x["result"]]
+    target = target_of(all_fields(study.cell(0)))
+    lines = [x for x in lines if target_of(usual_fields() | x["settings"]) == target]
     lines = [x for x in lines if x["settings"].get("looks") != "city"]  # a bound, no choice
     made_once = {key_of_line(x): x for x in reversed(lines)}
     lines = list(reversed(made_once.values()))  # of a run from two machines the first counts
@@ -367,6 +371,11 @@ def ranking(study: Study) -> None:
     )
     results = {"recorded": [line["result"] | recorded_as(line) for line in lines]}
     write(study, f"ranking-{study.task}", ["figure", *groups], rows, note, results)
+
+
+def target_of(fields: dict) -> tuple:
+    """What makes the target's images: runs of two targets are no candidates for one."""
+    return tuple(str(fields[key]) for key in ("shift", "scenes", "tgt_size"))
 
 
 def recorded_as(line: dict) -> dict:

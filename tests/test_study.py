@@ -684,6 +684,8 @@ def test_study_ranking_reads_the_recorded_runs_and_trains_nothing(tmp_path):
     lines.append(recorded_line(0, 9.0, 0.0, "dev"))
     lines.append(recorded_line(0, 9.0, 0.9))
     lines[-1]["settings"]["looks"] = "city"  # the bound
+    lines.append(recorded_line(1, 9.0, 0.9))
+    lines[-1]["settings"]["shift"] = [0.5, 0.0]  # another target
     path = tmp_path / f"{TASK}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     study.main(["ranking", *flags])
