@@ -171,7 +171,7 @@ COMMANDS = {
 NOT_IN_ALL: tuple[str, ...] = ("instrument", "sweep", "tune", "labels", "ranking")
 NOT_IN_ALL += ("photographs", "dusk")
 NOT_IN_ALL += ("trials", "fourier", "signs", "second", "reliable")
-QUICK = {"steps": 100, "adv_start": 80, "eval_every": 10}  # flags of --quick
+QUICK = {"steps": 90, "adv_start": 75, "eval_every": 10}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets
 
