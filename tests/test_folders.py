@@ -38,6 +38,11 @@ def write_class_list(folder: Path, content: dict) -> Path:
 STREETS_IDS = (*range(19), 255)
 # By data set: size of its images, ids of its labels, example of an image and of its label.
 LAYOUTS = {
+    "camvid": (
+        *((360, 480), range(12)),
+        "images/{split}/0001TP_{i:06d}.png",
+        "labels/{split}/0001TP_{i:06d}.png",
+    ),
     "acdc": (
         *((1080, 1920), STREETS_IDS),
         "rgb_anon/fog/{split}/GOPR0475/GOPR0475_frame_{i:06d}_rgb_anon.png",
