@@ -100,6 +100,7 @@ CHANGES: dict[str, Flags] = {
     "a fifth counts": {"trusted": 0.2},
     "colours as they are": {"colours": 0.0},
     "class mix": {"class_mix": True},
+    "BatchNorm of both domains": {"batchnorm": "batch"},
     "half hidden": {"masked": 0.5},
     "class mix, half hidden": {"class_mix": True, "masked": 0.5},
 }
@@ -111,7 +112,7 @@ def trials(study: Study) -> None:
     Labels: how many of the trusted ones are right, and how many are trusted, at three moments. They
     show whether the labels go wrong first or the network.
     """
-    study = on_dev(study)
+    study = replace(on_dev(study), unpaired=True)
     cells, firsts = first_runs(study, {"TAN": MAIN["TAN"]})
     trust = numbers_of_stage(study, cells["TAN"][0]).trust
     known = {k: v for k, v in CHANGES.items() if "trusted" not in v or trust in READ_BY["trusted"]}
@@ -121,6 +122,10 @@ def trials(study: Study) -> None:
     length = configure(stages["as it is"][0])[1].steps
     moments = (0, max(1, length // 5), length)
     for name, group in results.items():
+        if lost := [result["diverged"] for result in group if "diverged" in result]:
+            rows.append([name, "diverged", *[""] * (len(moments) + 2)])
+            print(f"{name}, {len(lost)} of {len(group)} runs: {lost[0]}", flush=True)
+            continue
         labels = labels_over_time(study, stages[name][0], moments)
         shown = [f"{100 * right:.1f} of {100 * share:.0f}" for right, share in labels.values()]
         students = (r["student"]["miou"] for r in group)
@@ -331,7 +336,7 @@ def mean_miou(results: list[dict]) -> float:
 
 def fourier(study: Study) -> None:
     """How FDA's beta is chosen: source only with three values, on dev."""
-    study = on_dev(study)
+    study = replace(on_dev(study), unpaired=True)
     cells = {beta: study.cells(method="source", fourier=beta) for beta in (0.0, *BETAS)}
     groups = {f"{beta:g}": group for beta, group in cells.items()}
     results = run_groups(study, groups)

@@ -74,6 +74,28 @@ def test_second_a_collapsed_m_shows_in_its_spread_with_the_tau_of_the_start():
     assert start["AUC of doubt"] == 1.0 and start["AUC of M"] == end["AUC of M"]
 
 
+def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
+    tmp_path, monkeypatch, capsys
+):
+    lost = {"miou": 0.0, "diverged": "step 8: grad is not finite"}
+    kept = {"miou": 0.4, "student": {"miou": 0.3}}
+
+    def found(study, groups, checkpoints=False):
+        assert study.unpaired, "else a run that diverges ends the study"
+        bad = {"rate x 5": [kept, lost]}
+        return {k: bad.get(k, [kept] * len(cells)) for k, cells in groups.items()}
+
+    monkeypatch.setattr(second, "run_groups", found)
+    monkeypatch.setattr(second, "labels_over_time", lambda *_: {0: (0.7, 0.5)})
+    monkeypatch.setattr(second, "write", lambda study, name, header, rows, *_: tables.update(
+        {row[0]: row[1:] for row in rows if len(row) <= len(header)}))  # fmt: skip
+    tables: dict[str, list[str]] = {}
+    second.trials(study.parse(["trials", "--runs", str(tmp_path)])["trials"])
+    assert tables.keys() == second.CHANGES.keys()
+    assert tables["rate x 5"][0] == "diverged" and tables["as it is"][0].startswith("40.0")
+    assert "rate x 5, 1 of 2 runs: step 8: grad is not finite" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp_path, monkeypatch):
     few = {k: second.CHANGES[k] for k in ("as it is", "every label counts", "class mix")}
