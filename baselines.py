@@ -255,8 +255,11 @@ def confidence_counts(p: Tensor) -> Tensor:
 
     Returns C BINS, float64. Bin k holds the confidences from `least_of_bin(k)` on. Bins have one
     width in log-odds, .024, since most confidences of a trained network are close to 1.
+    Raises FloatingPointError if a probability is not finite.
     """
     confidence, classes = p.max(dim=1)
+    if not confidence.isfinite().all():
+        raise FloatingPointError("the confidence of the target's labels is not finite")
     place = (confidence.double().logit() - LOWEST) * (BINS / (HIGHEST - LOWEST))
     bins = place.clamp(0, BINS - 1).long()
     places = (classes * BINS + bins).flatten()

@@ -123,6 +123,12 @@ def test_baselines_thresholds_tell_confidences_apart_that_are_all_close_to_1(bal
     assert kept == pytest.approx(0.2, abs=0.02)
 
 
+def test_baselines_a_network_that_has_diverged_gives_no_labels():
+    p = probabilities(1, 3, 4, 5).index_fill(3, torch.tensor([2]), math.nan)
+    with pytest.raises(FloatingPointError, match="confidence of the target's labels is not finite"):
+        baselines.confidence_counts(p)
+
+
 def test_baselines_pseudo_labels_are_the_best_ratio_above_1():
     p, thresholds = probabilities(2, 4, 5, 6).float(), torch.tensor([0.3, 0.5, 0.9, 1.0])
     labels = baselines.pseudo_labels(p, thresholds)

@@ -77,13 +77,14 @@ def test_second_a_collapsed_m_shows_in_its_spread_with_the_tau_of_the_start():
 def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
     tmp_path, monkeypatch, capsys
 ):
-    lost = {"miou": 0.0, "diverged": "step 8: grad is not finite"}
-    kept = {"miou": 0.4, "student": {"miou": 0.3}}
+    def result_of(name: str, seed: int) -> dict:
+        if name == "rate x 5" and seed == 11:
+            return {"miou": 0.0, "diverged": "step 8: grad is not finite"}
+        return {"miou": 0.4, "student": {"miou": 0.3}, "settings": {"seed": seed}}
 
     def found(study, groups, checkpoints=False):
         assert study.unpaired, "else a run that diverges ends the study"
-        bad = {"rate x 5": [kept, lost]}
-        return {k: bad.get(k, [kept] * len(cells)) for k, cells in groups.items()}
+        return {k: [result_of(k, cell["seed"]) for cell in group] for k, group in groups.items()}
 
     monkeypatch.setattr(second, "run_groups", found)
     monkeypatch.setattr(second, "labels_over_time", lambda *_: {0: (0.7, 0.5)})
