@@ -46,7 +46,7 @@ Trust = Literal["confidence", "m", "both", "constant"]
 class SelftrainHyper(Hyper):
     """Of the second stage."""
 
-    teacher_momentum: float = 0.99  # share of the teacher that a step keeps; 0: it is the student
+    teacher_momentum: float = 0.999  # share of the teacher that a step keeps; 0: it is the student
     lambda_target: float = 1.0  # weight of the loss on the teacher's labels
     trust: Trust = "confidence"  # what a label's weight is made from
     trusted: float = 0.5  # share of each class's labels that count, by confidence, of a batch

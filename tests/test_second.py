@@ -78,7 +78,7 @@ def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
     tmp_path, monkeypatch, capsys
 ):
     def result_of(name: str, seed: int) -> dict:
-        if name == "rate x 5" and seed == 11:
+        if name == "rate x 2.5" and seed == 11:
             return {"miou": 0.0, "diverged": "step 8: grad is not finite"}
         return {"miou": 0.4, "student": {"miou": 0.3}, "settings": {"seed": seed}}
 
@@ -93,8 +93,8 @@ def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
     tables: dict[str, list[str]] = {}
     second.trials(study.parse(["trials", "--runs", str(tmp_path)])["trials"])
     assert tables.keys() == second.CHANGES.keys()
-    assert tables["rate x 5"][0] == "diverged" and tables["as it is"][0].startswith("40.0")
-    assert "rate x 5, 1 of 2 runs: step 8: grad is not finite" in capsys.readouterr().out
+    assert tables["rate x 2.5"][0] == "diverged" and tables["as it is"][0].startswith("40.0")
+    assert "rate x 2.5, 1 of 2 runs: step 8: grad is not finite" in capsys.readouterr().out
 
 
 @pytest.mark.slow
