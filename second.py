@@ -109,8 +109,8 @@ CHANGES: dict[str, Flags] = {
     "class mix, half hidden": {"class_mix": True, "masked": 0.5},
     "teacher's momentum .9997": {"teacher_momentum": 0.9997},
     "class mix, BatchNorm of both domains": {"class_mix": True, "batchnorm": "batch"},
+    "class mix, teacher's momentum .997": {"class_mix": True, "teacher_momentum": 0.997},
     "class mix, rate x 1/2": {"class_mix": True, "lr_g": 0.001},
-    "class mix, every label counts": {"class_mix": True, "trust": "constant"},
 }
 
 
