@@ -92,6 +92,8 @@ def first_runs(study: Study, changes: dict[str, Flags]) -> tuple[dict[str, Cells
 # One change each from the default of --method selftrain. The first trials had a faster teacher, and
 # its momentum was the first change that kept what was won; the others then began from there.
 FASTER: Flags = {"teacher_momentum": 0.99}
+MIX: Flags = {"class_mix": True}
+ALL_THREE: Flags = MIX | {"batchnorm": "batch", "teacher_momentum": 0.997}
 CHANGES: dict[str, Flags] = {
     "as it is": {},
     "teacher's momentum .9": {"teacher_momentum": 0.9},
@@ -100,17 +102,19 @@ CHANGES: dict[str, Flags] = {
     "momentum .99, rate x 5": FASTER | {"lr_g": 0.01},
     "momentum .99, every label counts": FASTER | {"trust": "constant"},
     "BatchNorm of both domains": {"batchnorm": "batch"},
-    "class mix": {"class_mix": True},
+    "class mix": MIX,
     "colours as they are": {"colours": 0.0},
     "rate x 2.5": {"lr_g": 0.005},
     "every label counts": {"trust": "constant"},
     "a fifth counts": {"trusted": 0.2},
     "half hidden": {"masked": 0.5},
-    "class mix, half hidden": {"class_mix": True, "masked": 0.5},
+    "class mix, half hidden": MIX | {"masked": 0.5},
     "teacher's momentum .9997": {"teacher_momentum": 0.9997},
-    "class mix, BatchNorm of both domains": {"class_mix": True, "batchnorm": "batch"},
-    "class mix, teacher's momentum .997": {"class_mix": True, "teacher_momentum": 0.997},
-    "class mix, rate x 1/2": {"class_mix": True, "lr_g": 0.001},
+    "class mix, BatchNorm of both domains": MIX | {"batchnorm": "batch"},
+    "class mix, teacher's momentum .997": MIX | {"teacher_momentum": 0.997},
+    "class mix, rate x 1/2": MIX | {"lr_g": 0.001},
+    "class mix, BatchNorm of both domains, momentum .997": ALL_THREE,
+    "the same, rate x 2.5": ALL_THREE | {"lr_g": 0.005},
 }
 
 
