@@ -144,16 +144,21 @@ def mix_classes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels and weights with half of the classes of a source image pasted in.
 
-    images: B 3 H W of the target. labels, weight: B H W, the teacher's. source, source_labels: the
-    same shapes; its pixels count as much as the image's labels do on average. Unlabelled ones stay
-    out.
+    images: B 3 H W of the target. labels, weight: B H W, the teacher's. source: B 3 h w, resized to
+    H W. source_labels: B h w; these pixels count as much as the image's labels do on average.
+    Unlabelled ones stay out.
     """
-    grids = {tuple(x.shape[-2:]) for x in (images, labels, source, source_labels)}
-    if len(grids) > 1:
+    size = images.shape[-2:]
+    if labels.shape[-2:] != size or source_labels.shape[-2:] != source.shape[-2:]:
         raise ValueError(
-            f"class mix needs images and labels of one size, not {' and '.join(map(str, grids))}: "
-            "give equal --src-size and --tgt-size and no other --scales than 1, or --no-class-mix"
+            "class mix needs images and labels of one size: give no other --scales than 1, or "
+            "--no-class-mix"
         )
+    if source.shape[-2:] != size:
+        resize = torch.nn.functional.interpolate
+        source = resize(source.float(), size, mode="bilinear", antialias=True).round().to(images)
+        nearest = resize(source_labels[:, None].float(), size, mode="nearest-exact")
+        source_labels = nearest[:, 0].to(source_labels)
     pasted = torch.zeros_like(labels, dtype=torch.bool)
     for i, ids in enumerate(source_labels):
         classes = ids[ids != 255].unique()

@@ -234,12 +234,8 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
 def check_start(settings: Settings, hyper: Any, source: data.DataSet, target: data.DataSet) -> None:
     """Raises ValueError if a second stage would not begin with a network of the source's classes,
     or could not paste the source into the target."""
-    grids = [tuple(np.minimum(x.crop, x.size)) if hyper.crop else x.size for x in (source, target)]
-    if hyper.class_mix and (grids[0] != grids[1] or hyper.scales != (1.0,)):
-        raise ValueError(
-            "--class-mix needs source and target of one size: give --crop, or equal --src-size and "
-            "--tgt-size, and no other --scales than 1; or --no-class-mix"
-        )
+    if hyper.class_mix and hyper.scales != (1.0,):
+        raise ValueError("--class-mix needs images of one scale: give --scales 1, or --no-class-mix")
     classes = source.classes
     if settings.init in ("none", "imagenet"):
         if hyper.adv_start == 0:

@@ -151,9 +151,24 @@ def test_selftrain_a_mix_pastes_half_of_the_classes_whole_and_nothing_else():
         ).all()
 
 
-def test_selftrain_a_mix_of_two_sizes_is_refused():
+def test_selftrain_a_mix_resizes_the_source_to_the_target():
+    """Halves of two colours, at another size: each pixel of a pasted class comes with its colour."""
+    ids = torch.arange(2).repeat_interleave(12).expand(2, 8, 24)
+    source = (ids * 200 + 20).byte()[:, None].expand(2, 3, 8, 24)
+    images, labels = torch.full((2, 3, 16, 48), 99, dtype=torch.uint8), torch.full((2, 16, 48), 9)
+    mix = images, labels, torch.ones(2, 16, 48), source, ids.byte()
+    mixed, of_mix, _ = selftrain.mix_classes(*mix, seeded())
+    for b in range(2):
+        (pasted,) = {*of_mix[b].unique().tolist()} - {9}
+        assert (of_mix[b] == pasted).sum() == 16 * 24
+        away = (torch.arange(48) - 23.5).abs() > 2  # from the border, where colours blend
+        assert (mixed[b][:, (of_mix[b] == pasted) & away] == 200 * pasted + 20).all()
+        assert (mixed[b][:, of_mix[b] == 9] == 99).all()
+
+
+def test_selftrain_a_mix_of_scaled_images_is_refused():
     small, labels = images_of(0, h=8), torch.zeros(2, 16, 24)
-    with pytest.raises(ValueError, match=r"one size, not .*: give equal --src-size"):
+    with pytest.raises(ValueError, match=r"one size: give no other --scales than 1, or"):
         selftrain.mix_classes(small, labels, labels, images_of(1), labels)
 
 
@@ -510,13 +525,17 @@ def test_selftrain_the_lineage_is_that_of_the_run(tmp_path):
     assert configure(flags | {"lineage": "caffe"})[0].lineage == "caffe"
 
 
-@pytest.mark.parametrize("flags", (["--src-size", "64", "64"], ["--scales", "0.8", "1.2"]))
-def test_selftrain_a_mix_of_two_sizes_is_refused_before_the_first_step(first, flags, tmp_path):
-    if "--scales" in flags:
-        flags = [*flags, "--scale-probs", "0.5", "0.5"]
+def test_selftrain_a_mix_of_scaled_images_is_refused_before_the_first_step(first, tmp_path):
     start = [*STAGE, "--init", str(first), "--class-mix", "--out", str(tmp_path / "x")]
-    assert "one size: give --crop, or equal --src-size" in run_error(*start, *flags)
+    error = run_error(*start, "--scales", "0.8", "1.2", "--scale-probs", "0.5", "0.5")
+    assert "--class-mix needs images of one scale: give --scales 1, or --no-class-mix" in error
     assert not (tmp_path / "x").exists()
+
+
+def test_selftrain_a_mix_takes_a_source_of_another_size(first, tmp_path):
+    run_flags = ["--init", str(first), "--class-mix", "--src-size", "64", "96"]
+    train.main([*STAGE, *run_flags, "--out", str(tmp_path / "x")])
+    assert json.loads((tmp_path / "x" / "eval.json").read_text())["miou"] > 0
 
 
 def test_selftrain_other_flags_than_those_of_a_finished_first_part_are_refused(few, tmp_path):
