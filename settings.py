@@ -153,10 +153,13 @@ OF_BOTH: dict[tuple[str, str], Flags] = {
     ("lite0", "multi"): {"lambda_adv_aux": 0.001},
 } | {(backbone, name): f for backbone in ("tiny", "lite0") for name, f in OF_SMALL.items()}
 
-# Of a second stage that goes on with another run (--method selftrain --init RUN).
+# Of a second stage that goes on with another run, by `study.py trials`. With larger backbones it
+# has the defaults of its fields, which are not measured.
+OF_STAGE: Flags = {"adv_start": 0, "lr_g": 0.005, "teacher_momentum": 0.997}
+OF_STAGE |= {"class_mix": True, "batchnorm": "batch"}
 SECOND_STAGE: dict[str, Flags] = {
-    "tiny": {"steps": 500, "adv_start": 0, "lr_g": 0.002},
-    "lite0": {"steps": 250, "adv_start": 0, "warmup": 0.0, "lr_g": 0.002},
+    "tiny": OF_STAGE | {"steps": 500},
+    "lite0": OF_STAGE | {"steps": 250, "warmup": 0.0},
 }
 
 
@@ -268,6 +271,7 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
     numbers |= OF_METHOD.get(name, {}) | OF_BOTH.get((settings.backbone, name), {})
     if flags.get("method") == "selftrain" and settings.init not in ("none", "imagenet"):
         numbers |= SECOND_STAGE.get(settings.backbone, {"adv_start": 0})
+        numbers["class_mix"] = numbers.get("class_mix", False) and not flags.get("source_free")
     numbers |= {k: v for k, v in flags.items() if k not in names}
     check_choice("method", numbers["method"], METHODS)
     if settings.out is None:

@@ -235,7 +235,9 @@ def check_start(settings: Settings, hyper: Any, source: data.DataSet, target: da
     """Raises ValueError if a second stage would not begin with a network of the source's classes,
     or could not paste the source into the target."""
     if hyper.class_mix and hyper.scales != (1.0,):
-        raise ValueError("--class-mix needs images of one scale: give --scales 1, or --no-class-mix")
+        raise ValueError(
+            "--class-mix needs images of one scale: give --scales 1, or --no-class-mix"
+        )
     classes = source.classes
     if settings.init in ("none", "imagenet"):
         if hyper.adv_start == 0:

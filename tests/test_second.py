@@ -93,13 +93,13 @@ def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
     tables: dict[str, list[str]] = {}
     second.trials(study.parse(["trials", "--runs", str(tmp_path)])["trials"])
     assert tables.keys() == second.CHANGES.keys()
-    assert tables["rate x 2.5"][0] == "diverged" and tables["as it is"][0].startswith("40.0")
+    assert tables["rate x 2.5"][0] == "diverged" and tables["class mix"][0].startswith("40.0")
     assert "rate x 2.5, 1 of 2 runs: step 8: grad is not finite" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp_path, monkeypatch):
-    few = {k: second.CHANGES[k] for k in ("as it is", "every label counts", "class mix")}
+    few = {k: second.CHANGES[k] for k in ("momentum .999", "every label counts", "class mix")}
     monkeypatch.setattr(second, "CHANGES", few)
     studied("trials", tmp_path, "--seeds", "10")
     rows = table(tmp_path, "trials")
@@ -113,7 +113,7 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     ]
     studied("second", tmp_path / "val", "--seeds", "0,1")
     rows = table(tmp_path / "val", "second")
-    assert len(rows) == 3 + 3 + (len(second.BY) - 1) + 3 + 2
+    assert len(rows) == 3 + 3 + (len(second.BY) - 1) + 4 + 2
     assert [name for name in rows if name.endswith("shuffled")], "of the better weight"
     assert rows["TAN"][1] == "" and rows["TAN, FDA"][1] and rows["TAN, by M"][1]
     assert rows["CLAN, by confidence"][2] and not rows["CLAN"][2].strip("-")
