@@ -62,7 +62,7 @@ from measure import (
 )
 from methods import METHODS
 from models import BACKBONES
-from settings import OF_BACKBONE, configure, one_of
+from settings import OF_BACKBONE, SECOND_STAGE, configure, one_of
 from tables import STEPS
 
 GOAL = 0.025  # seconds a step: 100,000 of them in 42 minutes
@@ -79,7 +79,9 @@ def bench_method(args, console: Console) -> dict:
     table = Table("method", "s a step", "quartiles", "over source only", "peak GB", "over it")
     names = tuple(METHODS) if args.method == "all" else ("source", args.method)
     flags = {"backbone": args.backbone} | args.task
-    hypers = {name: configure(flags | {"method": name})[1] for name in names}
+    stage = SECOND_STAGE.get(args.backbone, {})  # its numbers, in a run of usual length
+    own = {"selftrain": {k: v for k, v in stage.items() if k not in ("steps", "adv_start")}}
+    hypers = {k: configure(flags | own.get(k, {}) | {"method": k})[1] for k in names}
     batch = args.batch or hypers["source"].batch
     case = Case(args.backbone, args.sizes, batch, device=args.device)
     case = replace(case, precision="bf16" if args.amp else "ieee")

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Study:
     command: str
     # Trials: runs that are not compared seed by seed, and may diverge.
     unpaired: bool = False
+    # The runs that second stages of this study go on with, by folder.
+    starts: dict[str, Flags] = field(default_factory=dict)
 
     @property
     def shared(self) -> tuple[Settings, clan.Hyper]:
@@ -125,22 +127,31 @@ KEPT += ("seconds", "threads", "mean_weight", "d_loss", "d_source", "d_target")
 KEPT += (*train.UNLABELLED, "before", "student", "curve", "terms", "diverged", "date", "torch")
 
 
-def same_run(fields: dict) -> dict:
-    """The fields that decide what a run computes. Data folders count by their names."""
+def same_run(fields: dict, starts: dict[str, Flags] | None = None) -> dict:
+    """The fields that decide what a run computes. Data folders count by their names.
+
+    starts: the runs that stages go on with, by folder, where they need not have been made here.
+    """
     unused = unused_fields(fields["method"]) - D_SHAPE
     kept = {k: v for k, v in fields.items() if k not in FREE | unused | {"seed"}}
     for side in ("src_dir", "tgt_dir"):
         kept[side] = fields[side] and Path(fields[side]).name
-    return kept | {"init": start_of(fields["init"])}
+    return kept | {"init": start_of(fields["init"], starts)}
 
 
-def start_of(init: str) -> str:
+def start_of(init: str, starts: dict[str, Flags] | None = None) -> str:
     """Of --init what decides how a run goes on: for a run its name and a sum of its settings."""
     found = last_checkpoint(Path(init)) if Path(init).is_dir() else None
-    if found is None:
+    if starts and init in starts:
+        fields = all_fields(starts[init])
+    elif found:
+        fields = read_metadata(found)["settings"]
+    else:
         return name_of_init(init)
-    settings = json.dumps(same_run(read_metadata(found)["settings"]), sort_keys=True)
-    return f"{name_of_init(init)}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    usual = usual_fields()  # a field that is added later, with this value, changes no sum
+    unusual = {k: v for k, v in same_run(fields).items() if v != usual.get(k)}
+    text = json.dumps(unusual, sort_keys=True)
+    return f"{name_of_init(init)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def name_of_init(init: str) -> str:
@@ -185,9 +196,9 @@ def counts_in(study: Study, result: dict) -> bool:
     return study.unpaired or "diverged" not in result
 
 
-def lines_of(lines: Recorded, flags: Flags) -> list[dict]:
+def lines_of(study: Study, lines: Recorded, flags: Flags) -> list[dict]:
     fields = all_fields(flags)
-    return lines.get(key_of(same_run(fields), fields["seed"]), [])
+    return lines.get(key_of(same_run(fields, study.starts), fields["seed"]), [])
 
 
 MADE = ("machine", "threads", "torch")  # runs that share them round alike
@@ -209,7 +220,9 @@ def known_results(
     for seed in {flags["seed"] for flags in cells}:
         of_seed = [flags for flags in cells if flags["seed"] == seed]
         folders = [[done[flags["out"]]] if flags["out"] in done else [] for flags in of_seed]
-        known = [lines_of(lines, flags) + f for flags, f in zip(of_seed, folders, strict=True)]
+        known = [
+            lines_of(study, lines, flags) + f for flags, f in zip(of_seed, folders, strict=True)
+        ]
         first, *others = [[made(result) for result in results] for results in known]
         here = made_here(study, of_seed[0])
         wanted = next((m for m in first if all(m in other for other in others)), here)
@@ -231,7 +244,7 @@ def record(study: Study, flags: Flags, result: dict) -> None:
     """Add a finished run to the recorded ones, in one write. The parent of a study does it."""
     study.results.mkdir(parents=True, exist_ok=True)
     fields = all_fields(flags)
-    line = {"seed": fields["seed"], "settings": same_run(fields)}
+    line = {"seed": fields["seed"], "settings": same_run(fields, study.starts)}
     line |= {key: result[key] for key in ("commit", "machine")}
     line["result"] = {k: result[k] for k in KEPT if k in result}
     with (study.results / f"{study.task}.jsonl").open("ab", buffering=0) as file:
@@ -437,11 +450,9 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     checkpoints: the study reads the run folders, so a recorded result is not enough.
     """
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
-    lines = recorded_lines(study)
-    found = {out: finished(flags) for out, flags in cells_of.items()}
-    done = {out: result for out, result in found.items() if result and counts_in(study, result)}
+    lines, done = recorded_lines(study), done_of(study, cells)
     for out, result in done.items():
-        if is_new(lines, cells_of[out], result):  # the study was stopped before it was recorded
+        if is_new(study, lines, cells_of[out], result):  # the study was stopped before that
             record(study, cells_of[out], result)
     known = done if checkpoints else known_results(study, lines, done, [*cells_of.values()])
     missing = [flags for out, flags in cells_of.items() if out not in known]
@@ -459,7 +470,7 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
         tasks = [(flags, donor_of[flags["out"]]) for flags in wave]
         for flags, result in run_all(tasks, study.jobs, study.unpaired):
             count += 1
-            if is_new(lines, flags, result):
+            if is_new(study, lines, flags, result):
                 record(study, flags, result)
             score, seconds = 100 * result["miou"], result["seconds"]
             name = flags["out"].name
@@ -469,9 +480,21 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     return [known.get(flags["out"]) or result_of(flags) for flags in cells]
 
 
-def is_new(lines: Recorded, flags: Flags, result: dict) -> bool:
+def done_of(study: Study, cells: list[Flags]) -> dict[Path, dict]:
+    """The results of finished run folders that count."""
+    found = {flags["out"]: finished(flags) for flags in cells}
+    return {out: result for out, result in found.items() if result and counts_in(study, result)}
+
+
+def unknown_seeds(study: Study, cells: list[Flags]) -> tuple[int, ...]:
+    """The seeds of which one of these cells, at least, has neither a record nor a folder."""
+    known = known_results(study, recorded_lines(study), done_of(study, cells), cells)
+    return tuple(sorted({flags["seed"] for flags in cells if flags["out"] not in known}))
+
+
+def is_new(study: Study, lines: Recorded, flags: Flags, result: dict) -> bool:
     """Whether no line holds this run as this machine computes it."""
-    return made(result) not in map(made, lines_of(lines, flags))
+    return made(result) not in map(made, lines_of(study, lines, flags))
 
 
 def need_labels(flags: Flags) -> None:

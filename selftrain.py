@@ -49,7 +49,7 @@ class SelftrainHyper(Hyper):
     teacher_momentum: float = 0.999  # share of the teacher that a step keeps; 0: it is the student
     lambda_target: float = 1.0  # weight of the loss on the teacher's labels
     trust: Trust = "confidence"  # what a label's weight is made from
-    trusted: float = 0.5  # share of each class's labels that count, by confidence, of a batch
+    trusted: float = 0.5  # least share of each class's labels that count, by confidence, of a batch
     threshold: float = 0.0  # labels of lower confidence do not count; above 1 none does
     tau: float = 0.01  # the weight by M is exp(-M / tau)
     trust_shuffled: bool = False  # for studies: the weights of each image, at random places
@@ -151,8 +151,8 @@ def mix_classes(
     size = images.shape[-2:]
     if labels.shape[-2:] != size or source_labels.shape[-2:] != source.shape[-2:]:
         raise ValueError(
-            "class mix needs images and labels of one size: give no other --scales than 1, or "
-            "--no-class-mix"
+            "class mix needs images and labels of one size: give --scales 1 --scale-probs "
+            "1, or --no-class-mix"
         )
     if source.shape[-2:] != size:
         resize = torch.nn.functional.interpolate
@@ -250,7 +250,7 @@ def teacher_begins(step: int, G: Generator, images: Images, hyper: SelftrainHype
 def next_teacher(state: State, G: Generator, terms: Terms, hyper: SelftrainHyper) -> State:
     """momentum * teacher + (1 - momentum) * student, of weights and BatchNorm's statistics.
 
-    Until adaptation it stands still, since `teacher_begins` makes it anew.
+    It moves only in steps with labels of the target.
     """
     if "st" not in terms:
         return {}
@@ -282,7 +282,8 @@ def selftrain_step(
         loss, terms = source_loss(G(batch.source), batch, phase, hyper)
     if not phase.adversarial:
         return loss, terms, None
-    images, size = target_images(batch), batch.target_size or (0, 0)
+    images, size = target_images(batch), batch.target_size
+    assert size, "a batch with the target's images has their size"
     with torch.no_grad(), evaluating(G):
         logits = torch.func.functional_call(G, teacher_of(state), (images,))
         p = ensemble(logits, size).softmax(dim=1)
@@ -292,7 +293,8 @@ def selftrain_step(
         weight = trust_in(p, m, *of_trust)
         terms |= {"kept": weight.mean(), "m": m.mean()}
         if hyper.trust_shuffled:
-            weight = shuffled(weight)
+            places = torch.Generator().manual_seed(torch.initial_seed() + 1)
+            weight = shuffled(weight, places)  # so the other draws are those of a run without it
         if hyper.class_mix:
             mixed = images, labels, weight, batch.source, batch.labels
             images, labels, weight = mix_classes(*mixed)

@@ -136,7 +136,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     method = METHODS[hyper.method]
     source, target, val = open_all(settings)
     if method.result and not resume:
-        check_start(settings, hyper, source, target)
+        check_start(settings, hyper, source)
     drawn = settings.src == settings.tgt == "streets"
     workers = devices.count_workers(settings.workers, drawn)
 
@@ -231,7 +231,7 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     return source, target, val
 
 
-def check_start(settings: Settings, hyper: Any, source: data.DataSet, target: data.DataSet) -> None:
+def check_start(settings: Settings, hyper: Any, source: data.DataSet) -> None:
     """Raises ValueError if a second stage would not begin with a network of the source's classes,
     or could not paste the source into the target."""
     if hyper.class_mix and hyper.scales != (1.0,):

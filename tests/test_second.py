@@ -1,14 +1,17 @@
 """The studies of the second stage: whole, on tiny runs, and their numbers."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers import studied
 
 import second
 import study
-from runs import same_run
+from runs import all_fields, same_run
 from settings import configure
 
 TASK = "streets-streets-tiny"
@@ -49,6 +52,7 @@ def test_second_a_flag_of_the_trust_holds_for_the_weights_that_read_it(tmp_path)
 
 
 def test_second_the_tau_of_m_is_fitted_to_each_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(second, "run_cells", lambda *_, **__: None)
     monkeypatch.setattr(second, "start_tau", lambda study, first: {"tan": 0.2, "clan": 0.4}[
         first["method"]])  # fmt: skip
     s = study.parse(["second", "--runs", str(tmp_path)])["second"]
@@ -71,7 +75,40 @@ def test_second_a_collapsed_m_shows_in_its_spread_with_the_tau_of_the_start():
     tau = second.tau_for(m, 0.5)
     start, end = (second.numbers_of_m(k * m, doubt, wrong, tau) for k in (1.0, 1e-3))
     assert start["spread"] > second.USELESS > end["spread"]
-    assert start["AUC of doubt"] == 1.0 and start["AUC of M"] == end["AUC of M"]
+    assert start["AUC of 1 - confidence"] == 1.0 and start["AUC of M"] == end["AUC of M"]
+
+
+def test_second_reliability_is_the_accuracy_by_tenths_whatever_the_order_of_the_images():
+    values = np.repeat([0.0, 0.1, 0.2], [200, 300, 500])
+    wrong = np.concatenate([np.arange(200) >= 150, np.arange(300) % 2 == 0, np.ones(500, bool)])
+    x, y = second.reliability(values, wrong)
+    assert x[0] == 0.05 and y == pytest.approx([0.75] * 2 + [0.5] * 3 + [0.0] * 5)
+    order = np.random.default_rng(0).permutation(1000)
+    assert second.reliability(values[order], wrong[order])[1] == pytest.approx(y)
+
+
+def test_second_coverage_is_by_class_of_the_truth(monkeypatch):
+    p = torch.zeros(2, 2, 4)
+    p[0, :, :2], p[1, :, 2:] = 0.9, 0.8  # the left half is class 0, the right half class 1
+    p[0, 1, 0] = p[1, 1, 3] = 0.6  # one pixel of each is less sure
+    label = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 255]])
+    image = torch.zeros(3, 2, 4, dtype=torch.uint8)
+    monkeypatch.setattr(second, "ensemble_and_m", lambda *_: (p, torch.zeros(2, 4)))
+    monkeypatch.setattr(second.evaluation, "spread_images", lambda *_: [(0, image, label)])
+    _, hyper = configure({"method": "selftrain", "threshold": 0.7, "trusted": 0.75})
+    shares = second.coverage(SimpleNamespace(num_classes=2), None, np.arange(256), hyper, 1)
+    assert shares.tolist() == pytest.approx([4 / 5, 1.0]), "the unlabelled pixel is not counted"
+
+
+def test_second_a_stage_is_named_by_its_start_also_where_no_folder_is(tmp_path):
+    s = study.parse(["second", "--runs", str(tmp_path)])["second"]
+    stages = [second.stage_after(s, s.cells(method="tan", lambda_adv=x))[0] for x in (0.05, 0.5)]
+    inits = [same_run(all_fields(flags), s.starts)["init"] for flags in stages]
+    assert inits[0].startswith("tan-") and inits[1].startswith("tan-lambda_adv0.5-")
+    (again,) = (second.stage_after(s, s.cells(method="tan", lambda_adv=0.5)[:1]),)
+    assert same_run(all_fields(again[0]), s.starts)["init"] == inits[1]
+    half = second.stage_after(s, s.cells(method="tan"), "before_adaptation.safetensors")[0]
+    assert same_run(all_fields(half), s.starts)["init"].startswith("before_adaptation.safetensors-")
 
 
 def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
@@ -80,7 +117,9 @@ def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
     def result_of(name: str, seed: int) -> dict:
         if name == "rate x 2.5" and seed == 11:
             return {"miou": 0.0, "diverged": "step 8: grad is not finite"}
-        return {"miou": 0.4, "student": {"miou": 0.3}, "settings": {"seed": seed}}
+        curve = [{"step": 0, "miou": 0.2}, {"step": 100, "miou": 0.35}]
+        rest = {"student": {"miou": 0.3}, "settings": {"seed": seed}, "curve": curve}
+        return {"miou": 0.4} | rest
 
     def found(study, groups, checkpoints=False):
         assert study.unpaired, "else a run that diverges ends the study"
@@ -93,7 +132,8 @@ def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
     tables: dict[str, list[str]] = {}
     second.trials(study.parse(["trials", "--runs", str(tmp_path)])["trials"])
     assert tables.keys() == second.CHANGES.keys()
-    assert tables["rate x 2.5"][0] == "diverged" and tables["class mix"][0].startswith("40.0")
+    assert tables["rate x 2.5"][1] == "diverged" and tables["class mix"][1].startswith("40.0")
+    assert tables["class mix"][0].startswith("35.0"), "at step 100"
     assert "rate x 2.5, 1 of 2 runs: step 8: grad is not finite" in capsys.readouterr().out
 
 
@@ -103,7 +143,7 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     monkeypatch.setattr(second, "CHANGES", few)
     studied("trials", tmp_path, "--seeds", "10")
     rows = table(tmp_path, "trials")
-    assert list(rows) == list(few) and rows["every label counts"][3].endswith("of 100")
+    assert list(rows) == list(few) and rows["every label counts"][4].endswith("of 100")
     studied("signs", tmp_path / "val", "--seeds", "0")
     rows = json.loads((tmp_path / "val" / f"signs-{TASK}.json").read_text())["rows"]
     assert [row[:2] for row in rows if row[0] == "TAN"] == [
@@ -113,13 +153,25 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     ]
     studied("second", tmp_path / "val", "--seeds", "0,1")
     rows = table(tmp_path / "val", "second")
-    assert len(rows) == 3 + 3 + (len(second.BY) - 1) + 4 + 2
+    assert len(rows) == 3 + 3 + (len(second.BY) - 1) + 5 + 2
     assert [name for name in rows if name.endswith("shuffled")], "of the better weight"
     assert rows["TAN"][1] == "" and rows["TAN, FDA"][1] and rows["TAN, by M"][1]
-    assert rows["CLAN, by confidence"][2] and not rows["CLAN"][2].strip("-")
+    assert rows["CLAN, by confidence"][3] and not rows["CLAN"][3].strip("-")
+    assert rows["TAN, by M"][2] and not rows["TAN, by confidence"][2], "one from the other"
     lines = (tmp_path / "val" / "results" / f"{TASK}.jsonl").read_text().splitlines()
-    free = [x for x in map(json.loads, lines) if x["settings"].get("source_free")]
+    lines = [json.loads(x) for x in lines]
+    free = [x for x in lines if x["settings"].get("source_free")]
     assert free and all({"st", "kept", "m"} <= line["result"]["terms"].keys() for line in free)
+    whole = [x for x in lines if x["settings"]["init"].startswith("before_adaptation")]
+    assert len(whole) == 2, "from the warm-up, with all steps"
+
+    shutil.rmtree(tmp_path / "val" / TASK)  # the records are enough
+    monkeypatch.setattr("runs.run_cell", lambda *_: pytest.fail("a run is made again"))
+    tau = next(x["settings"]["tau"] for x in lines if x["settings"].get("trust") == "m")
+    studied("second", tmp_path / "val", "--seeds", "0,1", "--tau", f"{tau}")
+    assert table(tmp_path / "val", "second") == rows
+    monkeypatch.undo()
+    monkeypatch.setattr(second, "CHANGES", few)
     studied("fourier", tmp_path, "--seeds", "10")
     assert list(table(tmp_path, "fourier")) == ["0", *(f"{beta:g}" for beta in second.BETAS)]
     studied("reliable", tmp_path / "val", "--seeds", "0")
