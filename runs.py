@@ -274,16 +274,19 @@ def finished(flags: Flags) -> dict | None:
     last = last_checkpoint(out)
     if last is None:
         return None
-    metadata = read_metadata(last)
-    refuse_other_version(last, metadata)
-    wanted, found = all_fields(flags), metadata["settings"]
+    refuse_other_version(last, read_metadata(last))
+    if was := changed_since(last, flags):
+        raise ValueError(f"{out} was run with {was}: choose another --runs, or delete it")
+    return json.loads((out / RESULT).read_text()) if (out / RESULT).exists() else None
+
+
+def changed_since(checkpoint: Path, flags: Flags) -> str:
+    """In which settings a run differs from these flags, as one would say it; empty if in none."""
+    wanted, found = all_fields(flags), read_metadata(checkpoint)["settings"]
     compared = wanted.keys() - (FREE - {"src_dir", "tgt_dir"})
     compared -= unused_fields(wanted["method"]) - D_SHAPE
     changed = [k for k in sorted(compared) if wanted[k] != found.get(k)]
-    if changed:
-        was = ", ".join(f"{flag_of(k)} {found.get(k)}, now {wanted[k]}" for k in changed)
-        raise ValueError(f"{out} was run with {was}: choose another --runs, or delete it")
-    return json.loads((out / RESULT).read_text()) if (out / RESULT).exists() else None
+    return ", ".join(f"{flag_of(k)} {found.get(k)}, now {wanted[k]}" for k in changed)
 
 
 # Fields that no step before adv_start reads, because these steps do not use the target.
@@ -461,13 +464,15 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
         print(f"{recorded} of {len(cells_of)} runs are recorded in {place}", flush=True)
     if missing:
         need_labels(missing[0])
-    donors = choose_donors(study, missing)
-    donor_of = {flags["out"]: donors.get(warm_up(flags)) for flags in missing}
-    first = [flags for flags in missing if donor_of[flags["out"]] in (None, flags["out"])]
-    rest = [flags for flags in missing if flags not in first]
+    donor_of = choose_donors(study, missing, [*cells_of.values()])
+    first, rest = [], []  # those that wait until another run's warm-up is there
+    for flags in missing:
+        donor = donor_of.get(flags["out"], flags["out"])
+        waits = donor != flags["out"] and not (donor / BEFORE).exists()
+        (rest if waits else first).append(flags)
     count = len(known)
     for wave in (first, rest):
-        tasks = [(flags, donor_of[flags["out"]]) for flags in wave]
+        tasks = [(flags, donor_of.get(flags["out"])) for flags in wave]
         for flags, result in run_all(tasks, study.jobs, study.unpaired):
             count += 1
             if is_new(study, lines, flags, result):
@@ -513,26 +518,43 @@ def result_of(flags: Flags) -> dict:
     return result
 
 
-def choose_donors(study: Study, missing: list[Flags]) -> dict[str, Path]:
-    """The run folder that shares its warm-up, by `warm_up`.
+def choose_donors(study: Study, missing: list[Flags], cells: list[Flags]) -> dict[Path, Path]:
+    """The run folder whose warm-up each missing run shares, by its own folder; often itself.
 
     A run that has finished its warm-up comes first, also one of TAN or CLAN that is not asked for;
-    then one that will keep checkpoints.
+    then one with TAN's D, with which source only can go on; then one that will keep checkpoints.
     """
-
-    def keeps_warm_up(flags: Flags) -> bool:
-        method = METHODS[flags.get("method", clan.Hyper.method)]
-        return method.reads_target and method.has_d and method.build_d is None
-
     usual = [study.cell(seed, method=m) for m in ("tan", "clan") for seed in study.seeds]
-    usual = [flags for flags in usual if (flags["out"] / BEFORE).exists()]
-    adapted = [flags for flags in [*missing, *usual] if keeps_warm_up(flags)]
-    adapted.sort(key=lambda flags: "keep" not in flags)
-    adapted.sort(key=lambda flags: not (flags["out"] / BEFORE).exists())
-    donors: dict[str, Path] = {}
-    for flags in adapted:
-        donors.setdefault(warm_up(flags), flags["out"])
-    return donors
+    begun = {flags["out"] for flags in [*cells, *usual] if warm_up_is_there(flags)}
+    wanted = {flags["out"] for flags in missing}
+
+    def rank(flags: Flags) -> tuple[bool, bool, bool]:
+        return flags["out"] not in begun, not with_usual_d(flags), "keep" not in flags
+
+    donors: dict[str, list[Flags]] = {}
+    for flags in sorted([*cells, *usual], key=rank):
+        adapts = METHODS[flags.get("method", clan.Hyper.method)].reads_target
+        if adapts and flags["out"] in begun | wanted:
+            donors.setdefault(warm_up(flags), []).append(flags)
+    found = {}
+    for flags in missing:
+        method = METHODS[flags.get("method", clan.Hyper.method)]
+        fitting = donors.get(warm_up(flags), [])
+        if not method.reads_target:
+            fitting = [donor for donor in fitting if with_usual_d(donor)]
+        found |= {flags["out"]: fitting[0]["out"]} if fitting else {}
+    return found
+
+
+def warm_up_is_there(flags: Flags) -> bool:
+    """Whether this run's folder holds its checkpoint at adv_start, of these settings."""
+    start = flags["out"] / BEFORE
+    return start.exists() and not changed_since(start, flags)
+
+
+def with_usual_d(flags: Flags) -> bool:
+    method = METHODS[flags.get("method", clan.Hyper.method)]
+    return method.reads_target and method.has_d and method.build_d is None
 
 
 def run_groups(study: Study, groups: dict, checkpoints: bool = False) -> dict:

@@ -37,6 +37,7 @@ import tables
 import train
 import trust
 import tuning
+from checkpoints import BEFORE, KEYS, save
 from classes import CLASSES, INFREQUENT
 from methods import METHODS
 from runs import (
@@ -868,6 +869,29 @@ def test_study_a_trial_that_diverges_counts_as_0_and_is_recorded(monkeypatch, sc
         assert other["miou"] > 0 and "diverged" not in other
         assert {"seg", "adv", "grad"} <= start["terms"].keys() & other["terms"].keys()
     assert runs.run_cells(found, cells[1:]) == [other], "a recorded result"
+
+
+def test_study_any_method_that_adapts_gives_its_warm_up_to_the_others(tmp_path):
+    found = study.parse(["tune", *CELLS, "--runs", str(tmp_path)])["tune"]
+    of_mcd = [found.cell(10, method="mcd", lambda_dis=x) for x in (0.3, 3.0)]
+    of_clan, of_source = found.cell(10, method="clan"), found.cell(10, method="source")
+    cells = [*of_mcd, of_clan, of_source]
+    donors = runs.choose_donors(found, cells, cells)
+    assert {donors[flags["out"]] for flags in of_mcd} == {of_mcd[0]["out"]}
+    assert donors[of_clan["out"]] == of_clan["out"], "its warm-up has Eq. 4"
+    assert of_source["out"] not in donors, "it cannot go on with the networks of MCD"
+    of_tan = found.cell(10, method="tan", lambda_adv=0.5)
+    donors = runs.choose_donors(found, cells, [*cells, of_tan])
+    assert donors[of_mcd[0]["out"]] == of_mcd[0]["out"], "TAN's is neither there nor missing"
+    of_tan["out"].mkdir(parents=True)
+    metadata = dict.fromkeys(KEYS, 0) | {"settings": runs.all_fields(of_tan)}
+    save(of_tan["out"] / BEFORE, {"G.x": torch.zeros(1)}, metadata)
+    donors = runs.choose_donors(found, cells, [*cells, of_tan])
+    assert {donors[x["out"]] for x in (*of_mcd, of_source)} == {of_tan["out"]}
+    metadata["settings"]["lr_g"] = 9.0
+    save(of_tan["out"] / BEFORE, {"G.x": torch.zeros(1)}, metadata)
+    donors = runs.choose_donors(found, cells, [*cells, of_tan])
+    assert donors[of_mcd[0]["out"]] == of_mcd[0]["out"], "that folder holds another run"
 
 
 def tuned(monkeypatch, tmp_path, methods: str, score_of, *flags) -> tuple[dict, dict]:
