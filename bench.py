@@ -62,8 +62,8 @@ from measure import (
 )
 from methods import METHODS
 from models import BACKBONES
-from settings import OF_BACKBONE, SECOND_STAGE, configure, one_of
-from tables import STEPS
+from settings import OF_BACKBONE, configure, one_of
+from tables import STEPS, as_recorded, numbers_of_step
 
 GOAL = 0.025  # seconds a step: 100,000 of them in 42 minutes
 
@@ -79,9 +79,7 @@ def bench_method(args, console: Console) -> dict:
     table = Table("method", "s a step", "quartiles", "over source only", "peak GB", "over it")
     names = tuple(METHODS) if args.method == "all" else ("source", args.method)
     flags = {"backbone": args.backbone} | args.task
-    stage = SECOND_STAGE.get(args.backbone, {})  # its numbers, in a run of usual length
-    own = {"selftrain": {k: v for k, v in stage.items() if k not in ("steps", "adv_start")}}
-    hypers = {k: configure(flags | own.get(k, {}) | {"method": k})[1] for k in names}
+    hypers = {name: numbers_of_step(flags, name) for name in names}
     batch = args.batch or hypers["source"].batch
     case = Case(args.backbone, args.sizes, batch, device=args.device)
     case = replace(case, precision="bf16" if args.amp else "ieee")
@@ -96,6 +94,7 @@ def bench_method(args, console: Console) -> dict:
         ratios[name] = {
             "step_ratio": median / found["source"][0],
             "peak_ratio": peaks[name] / peaks["source"],
+            "numbers": as_recorded(hypers[name]),
         }
         table.add_row(
             *(METHODS[name].label, f"{median:.4f}", f"{low:.4f} to {high:.4f}"),

@@ -241,9 +241,17 @@ def made_here(study: Study, flags: Flags) -> tuple[str, ...]:
 
 
 def record(study: Study, flags: Flags, result: dict) -> None:
-    """Add a finished run to the recorded ones, in one write. The parent of a study does it."""
-    study.results.mkdir(parents=True, exist_ok=True)
+    """Add a finished run to the recorded ones, in one write. The parent of a study does it.
+
+    Raises ValueError if it was made with other settings: a file was changed in the meantime.
+    """
     fields = all_fields(flags)
+    made_with = json.loads(json.dumps(result["settings"], default=str))
+    if same_run(made_with, study.starts) != same_run(fields, study.starts):
+        raise ValueError(
+            f"{flags['out']} was made with settings that have changed since: delete it"
+        )
+    study.results.mkdir(parents=True, exist_ok=True)
     line = {"seed": fields["seed"], "settings": same_run(fields, study.starts)}
     line |= {key: result[key] for key in ("commit", "machine")}
     line["result"] = {k: result[k] for k in KEPT if k in result}
@@ -465,10 +473,11 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     if missing:
         need_labels(missing[0])
     donor_of = choose_donors(study, missing, [*cells_of.values()])
-    first, rest = [], []  # those that wait until another run's warm-up is there
+    first: list[Flags] = []
+    rest: list[Flags] = []  # those that wait until another run's warm-up is there
     for flags in missing:
-        donor = donor_of.get(flags["out"], flags["out"])
-        waits = donor != flags["out"] and not (donor / BEFORE).exists()
+        out = flags["out"]
+        waits = donor_of.get(out, out) != out and not (donor_of[out] / BEFORE).exists()
         (rest if waits else first).append(flags)
     count = len(known)
     for wave in (first, rest):
@@ -536,7 +545,7 @@ def choose_donors(study: Study, missing: list[Flags], cells: list[Flags]) -> dic
         adapts = METHODS[flags.get("method", clan.Hyper.method)].reads_target
         if adapts and flags["out"] in begun | wanted:
             donors.setdefault(warm_up(flags), []).append(flags)
-    found = {}
+    found: dict[Path, Path] = {}
     for flags in missing:
         method = METHODS[flags.get("method", clan.Hyper.method)]
         fitting = donors.get(warm_up(flags), [])

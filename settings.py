@@ -140,18 +140,20 @@ OF_BACKBONE: dict[str, Flags] = {
 # What a method changes in its backbone's numbers. CDA's easy tasks are linear layers in D's place,
 # and learn nothing at D's rate.
 OF_METHOD: dict[str, Flags] = {"cda": {"lr_d": 0.01}}
-# And on the small backbones, before `study.py tune` chooses two numbers of each method. The D of a
-# small network is narrow, and one that sees single pixels learns at 1e-3 much as TAN's at 1e-4
-# (tests/test_baselines.py). The second level begins with a fifth of lambda_adv, as in its code.
+# And on the small backbones. The D of a small network is narrow, and one that sees single pixels
+# learns at 1e-3 much as TAN's at 1e-4 (tests/test_baselines.py).
 OF_SMALL: dict[str, Flags] = {
     "cycada": {"d_width": 64, "lr_d": 1e-3},
     "fcns_wild": {"d_width": 128, "lr_d": 1e-3},
     "cross_city": {"lr_d": 1e-3},
 }
+# The second level begins with a fifth of lambda_adv, as in its code.
 OF_BOTH: dict[tuple[str, str], Flags] = {
     ("tiny", "multi"): {"lambda_adv_aux": 0.01},
     ("lite0", "multi"): {"lambda_adv_aux": 0.001},
-} | {(backbone, name): f for backbone in ("tiny", "lite0") for name, f in OF_SMALL.items()}
+}
+# What `study.py tune` has chosen, by backbone and method.
+TUNED: dict[tuple[str, str], Flags] = {}
 
 # Of a second stage that goes on with another run. tiny's numbers are by `study.py trials`. lite0
 # has fewer steps, and a teacher that keeps as little of its start as tiny's. With larger backbones
@@ -250,8 +252,11 @@ def lineage_of_run(flags: Flags) -> str | None:
     return settings.get("lineage") if settings.get("backbone") == flags["backbone"] else None
 
 
-def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
-    """Settings and hyper-parameters of a run: the recipe, its defaults, then the flags given."""
+def configure(flags: Flags, tuned: bool = True) -> tuple[Settings, clan.Hyper]:
+    """Settings and hyper-parameters of a run: the recipe, its defaults, then the flags given.
+
+    tuned: with what TUNED says of the method.
+    """
     names = {field.name for field in fields(Settings)}
     of_settings = {k: v for k, v in flags.items() if k in names}
     src = of_settings.get("src", Settings.src)
@@ -268,7 +273,10 @@ def configure(flags: Flags) -> tuple[Settings, clan.Hyper]:
 
     numbers = asdict(clan.RECIPES[settings.recipe]) | defaults(settings)
     name = flags.get("method", clan.Hyper.method)
-    numbers |= OF_METHOD.get(name, {}) | OF_BOTH.get((settings.backbone, name), {})
+    both = (settings.backbone, name)
+    numbers |= OF_METHOD.get(name, {}) | OF_BOTH.get(both, {})
+    numbers |= OF_SMALL.get(name, {}) if settings.backbone in ("tiny", "lite0") else {}
+    numbers |= TUNED.get(both, {}) if tuned else {}
     if flags.get("method") == "selftrain" and settings.init not in ("none", "imagenet"):
         numbers |= SECOND_STAGE.get(settings.backbone, {"adv_start": 0})
         numbers["class_mix"] = numbers.get("class_mix", False) and not flags.get("source_free")

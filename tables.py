@@ -7,10 +7,12 @@ The paper's numbers stand beside ours. They are of other networks.
 """
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 from matplotlib.figure import Figure
 
+import clan
 import eval as evaluation
 from classes import INFREQUENT
 from control import lost_classes
@@ -23,13 +25,14 @@ from runs import (
     mean_and_deviation,
     miou,
     points_apart,
+    read_by,
     run_groups,
     save_figure,
     spread,
     t_interval,
     write,
 )
-from settings import Flags
+from settings import SECOND_STAGE, Flags, Settings, configure
 
 COMPARED = ("source", "tan", "clan")  # unless --methods says others
 
@@ -45,20 +48,25 @@ def bound_groups(study: Study) -> dict[str, list[Flags]]:
     """Runs that learn the target's own labels. They bound what adaptation can reach."""
     settings, _ = study.shared
     known = settings.src == settings.tgt == "streets" and "source" in study.methods
+    known = known and settings.shift == Settings.shift
     return {BOUND: study.cells(method="source", looks="city")} if known else {}
 
 
-# What `study.py tune` chose for TAN and CLAN by the eight trials that each method has. Only where
-# it is not their default, which is of a longer search.
-BY_EIGHT_TRIALS: dict[str, Flags] = {}
+# What `study.py tune` chose for TAN and CLAN by the eight trials that each method has, by backbone
+# and method. Their defaults are of a longer search.
+BY_EIGHT_TRIALS: dict[tuple[str, str], Flags] = {}
 
 
 def eight_trial_groups(study: Study) -> dict[str, list[Flags]]:
     """TAN and CLAN once more, as well tuned as the others, where these are compared."""
     if set(study.methods) <= {*COMPARED}:
         return {}
-    chosen = {m: flags for m, flags in BY_EIGHT_TRIALS.items() if m in study.methods}
-    return {by_eight_trials(m): study.cells(method=m, **flags) for m, flags in chosen.items()}
+    found = {m: BY_EIGHT_TRIALS.get((study.shared[0].backbone, m)) for m in study.methods}
+    return {
+        by_eight_trials(m): study.cells(method=m, **flags)
+        for m, flags in found.items()
+        if flags is not None
+    }
 
 
 def by_eight_trials(method: str) -> str:
@@ -145,7 +153,7 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
     source = results["source"]
     costs = {m: (f"{t:.2f}", f"{memory:.2f}") for m, (t, memory) in step_costs(study).items()}
     papers = {m: (of_paper("gta5", m), of_paper("synthia", m)) for m in METHODS}
-    method_of = {by_eight_trials(m): m for m in BY_EIGHT_TRIALS} | {m: m for m in METHODS}
+    method_of = {by_eight_trials(m): m for m in METHODS} | {m: m for m in METHODS}
     results = {k: results[k] for k in sorted(results, key=lambda k: not any(papers[method_of[k]]))}
     rows = []
     for name, group in results.items():
@@ -202,10 +210,16 @@ def draw_gains(study: Study, results: dict[str, list[dict]]) -> None:
 
 
 def step_costs(study: Study) -> dict[str, tuple[float, float]]:
-    """(time, memory) of each method's step over source only's, as bench.py has recorded them."""
-    path = study.results / STEPS.format(study.shared[0].backbone)
+    """(time, memory) of each method's step over source only's, as bench.py has recorded them.
+
+    Only of steps with the numbers that the method has here.
+    """
+    backbone = study.shared[0].backbone
+    path = study.results / STEPS.format(backbone)
     try:
         found = json.loads(path.read_text())["methods"] if path.exists() else {}
+        of_today = {m: numbers_of_step(study.flags, m) for m in found}
+        found = {m: row for m, row in found.items() if row["numbers"] == as_recorded(of_today[m])}
         return {m: (row["step_ratio"], row["peak_ratio"]) for m, row in found.items()}
     except (json.JSONDecodeError, KeyError) as error:
         remedy = "make it again with bench.py step --method all --to results"
@@ -213,6 +227,19 @@ def step_costs(study: Study) -> dict[str, tuple[float, float]]:
 
 
 STEPS = "step-{}.json"  # written by bench.py step --method all, by backbone
+
+
+def numbers_of_step(flags: Flags, method: str) -> clan.Hyper:
+    """Those with which a method's step is measured: of a run with adaptation; of a second stage,
+    its own numbers in a run of that length."""
+    backbone = configure(flags)[0].backbone
+    stage = SECOND_STAGE.get(backbone, {}) if method == "selftrain" else {}
+    own = {k: v for k, v in stage.items() if k not in ("steps", "adv_start")}
+    return configure(read_by(method, flags) | own | {"method": method})[1]
+
+
+def as_recorded(hyper: clan.Hyper) -> dict:
+    return json.loads(json.dumps(asdict(hyper)))
 
 
 def of_paper(src: str, method: str) -> str:

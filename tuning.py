@@ -17,7 +17,7 @@ import train
 from checkpoints import newest_checkpoint
 from devices import find_device
 from methods import METHODS
-from runs import Study, mean_and_deviation, miou, run_groups, spread, write
+from runs import Study, mean_and_deviation, miou, read_by, run_groups, spread, write
 from settings import Flags, configure
 from weights import load_generator
 
@@ -166,19 +166,24 @@ def rounded(value: float) -> float:
 def tune(study: Study) -> None:
     """Two numbers of each method, four values each, one after the other, on the dev split.
 
-    The section of each method names them. A best value at an edge is followed with two more. Rows
-    that have the numbers of another are left out: source only, CLAN with a late Eq. 4.
-    --numbers 1 chooses the first number alone.
+    The section of each method names them. While the first is chosen, the second has the value that
+    it had before any tuning. A best value at an edge is followed with two more. Rows that have the
+    numbers of another are left out: source only, CLAN with a late Eq. 4. --numbers 1 chooses the
+    first number alone.
     """
     study = replace(on_dev(study), unpaired=True)
     axes = {m: found for m in study.methods if (found := METHODS[m].tuned)}
     if not axes:
         raise ValueError(f"{', '.join(study.methods)}: not tuned; name others with --methods")
     methods = [*axes]
+    best: dict[str, Values] = {}
     for method in methods:
         study.cells(method=method)  # a flag that it refuses ends the study, not the grid
+        (first, _), (second, _) = axes[method]
+        flags = read_by(method, study.flags) | {"method": method}
+        start = getattr(configure(flags, tuned=False)[1], second)
+        best[method] = {} if first == second else {second: start}
     trials = Trials(study, {}, most=100 * len(methods) * len(study.seeds))
-    best: dict[str, Values] = {m: {} for m in methods}
     tried: dict[tuple[str, str], set[float]] = {}  # values by method and number
     for place in range(min(study.numbers, 2)):
         names = {m: axes[m][place][0] for m in methods}
@@ -194,8 +199,9 @@ def tune(study: Study) -> None:
         best = {m: best[m] | {names[m]: tops[m]} for m in methods}
     note = (
         "Target mIoU in %, last checkpoint, tuning seeds: for choosing, not reporting. Each method "
-        "has two numbers with four values each; an edge is followed by two more where it allows "
-        "them. A number that is not named has its default. A run that diverged counts as 0."
+        "has two numbers with four values each, MinEnt one number with eight; an edge is followed "
+        "by two more where it allows them. The second number starts at its default, which is one "
+        "of its four values, so seven trials differ. A run that diverged counts as 0."
     )
     write_trials(study, f"tune-{study.task}", trials, best, note)
 

@@ -32,6 +32,7 @@ from torch import nn
 import data
 import figures
 import runs
+import settings
 import study
 import tables
 import train
@@ -442,7 +443,10 @@ def test_study_table_of_all_systems_has_gains_costs_and_the_papers_numbers(monke
         return {k: [result(known.get(k, "source"), f) for f in v] for k, v in groups.items()}
 
     monkeypatch.setattr(tables, "run_groups", run_groups)
-    costs = {"methods": {"cbst": {"step_ratio": 2.5, "peak_ratio": 1.25}}}
+    numbers = {m: tables.as_recorded(tables.numbers_of_step({}, m)) for m in ("cbst", "tan")}
+    measured = {"step_ratio": 2.5, "peak_ratio": 1.25, "numbers": numbers["cbst"]}
+    stale = measured | {"numbers": numbers["tan"] | {"lr_d": 9.0}}
+    costs = {"methods": {"cbst": measured, "tan": stale}}
     (tmp_path / tables.STEPS.format("tiny")).write_text(json.dumps(costs))
     flags = ["table", "--to", str(tmp_path), "--results", str(tmp_path)]
     study.main([*flags, "--methods", "source,tan,clan"])
@@ -453,15 +457,18 @@ def test_study_table_of_all_systems_has_gains_costs_and_the_papers_numbers(monke
     assert rows["CBST"]["gain over source only"] == "+10.0 [+10.0, +10.0]"
     assert rows["CBST"]["classes lost"] == "1.0" and rows["TAN"]["classes lost"] == "0.0"
     assert (rows["CBST"]["time a step"], rows["CBST"]["memory"]) == ("2.50", "1.25")
-    assert rows["TAN"]["memory"] == "not measured"
+    assert rows["TAN"]["memory"] == "not measured", "with these numbers"
     assert rows["CBST"]["paper, SYNTHIA"] == "40.7 * (26.2)", "36.1 is printed"
     assert rows["TAN"]["paper, GTA5"] == "35.0 (17.9)"
     assert Image.open(tmp_path / f"systems-{TASK}.png").size[0] > 300
-    monkeypatch.setattr(tables, "BY_EIGHT_TRIALS", {"tan": {"lr_d": 3e-4}})
+    monkeypatch.setattr(
+        tables, "BY_EIGHT_TRIALS", {("tiny", "tan"): {"lr_d": 3e-4}, ("tiny", "clan"): {}}
+    )
     study.main([*flags, "--methods", "source,tan,clan,cbst"])
     content = json.loads((tmp_path / f"systems-{TASK}.json").read_text())
     rows = {row[0]: dict(zip(content["header"], row, strict=True)) for row in content["rows"]}
     assert rows["TAN, by eight trials"]["gain over source only"] == "+0.0 [+0.0, +0.0]"
+    assert "CLAN, by eight trials" in rows, "also where they chose the default"
     assert rows["TAN, by eight trials"]["paper, GTA5"] == "35.0 (17.9)" and "TAN" in rows
     header = json.loads((tmp_path / f"table-{TASK}.json").read_text())["header"]
     assert not [name for name in header if "trials" in name], "of the other table alone"
@@ -941,16 +948,32 @@ def test_study_tune_tries_two_numbers_of_each_method_and_follows_an_edge_once(
     trials = {m: [dict(key[1:]) for key in made if key[0] == m] for m in methods}
     rates = {0.0125, 0.025, 0.05, 0.1} | {0.00313, 0.00625}  # the best was an edge
     assert {t["lambda_adv"] for t in trials["tan"]} == rates
-    assert len(trials["mcd"]) == 8, "no count below 1"
+    assert len(trials["mcd"]) == 7, "no count below 1"
     shares = {0.1, 0.2, 0.35, 0.5, 0.714}
     assert {t["portion"] for t in trials["cbst"]} == shares, "none above 1"
-    assert len(trials["minent"]) == 8 and len(trials["cbst"]) == 9
+    assert len(trials["minent"]) == 8 and len(trials["cbst"]) == 8
 
 
 def test_study_tune_of_one_number_leaves_the_other(monkeypatch, tmp_path):
     score_of = lambda hyper: -abs(math.log(hyper.lambda_adv / 0.03))  # noqa: E731
     chosen, made = tuned(monkeypatch, tmp_path, "tan,clan", score_of, "--numbers", "1")
-    assert chosen == {"TAN": "lambda_adv 0.025", "CLAN": "lambda_adv 0.025"} and len(made) == 8
+    both = "lambda_adv 0.025, lr_d 0.0001"
+    assert chosen == {"TAN": both, "CLAN": both} and len(made) == 8
+
+
+def test_study_tune_asks_for_the_same_trials_after_its_choice_is_the_default(monkeypatch, tmp_path):
+    score_of = lambda hyper: -abs(math.log(hyper.lambda_dis / 3)) - hyper.mcd_steps  # noqa: E731
+    chosen, made = tuned(monkeypatch, tmp_path, "mcd", score_of)
+    assert chosen == {"MCD": "lambda_dis 3, mcd_steps 1"}
+    monkeypatch.setitem(settings.TUNED, ("tiny", "mcd"), {"lambda_dis": 3.0, "mcd_steps": 1})
+    assert configure({"method": "mcd"})[1].mcd_steps == 1
+    assert tuned(monkeypatch, tmp_path, "mcd", score_of) == (chosen, made)
+
+
+def test_study_what_tune_chose_stands_over_what_a_small_network_has(monkeypatch):
+    monkeypatch.setitem(settings.TUNED, ("tiny", "cycada"), {"lambda_adv": 0.2})
+    found = configure({"method": "cycada"})[1]
+    assert (found.lambda_adv, found.d_width, found.lr_d) == (0.2, 64, 1e-3)
 
 
 def test_study_each_method_names_two_numbers_of_its_own_with_four_values_each():
