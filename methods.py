@@ -166,7 +166,7 @@ METHODS = {
         before_step=selftrain.teacher_begins,
         next_state=selftrain.next_teacher,
         result=selftrain.teacher_of,
-        tuned=selftrain.SELFTRAIN_TUNED,
+        tuned=(),  # by `study.py trials`
     ),
 }
 

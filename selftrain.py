@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from baselines import (
-    Axes,
     Images,
     Logits,
     State,
@@ -77,12 +76,6 @@ class SelftrainHyper(Hyper):
         ):
             if not needed and getattr(self, name) != getattr(SelftrainHyper, name):
                 raise ValueError(f"{name} has no effect here: it needs {remedy}")
-
-
-SELFTRAIN_TUNED: Axes = (
-    ("trusted", (0.2, 0.35, 0.5, 0.8)),
-    ("lambda_target", (0.3, 1.0, 3.0, 10.0)),
-)
 
 
 # Labels and their weights.

@@ -235,11 +235,13 @@ def gradients(G, loss) -> dict[str, torch.Tensor]:
     return dict(zip((name for name, _ in G.named_parameters()), found, strict=True))
 
 
+@pytest.mark.parametrize("of_the_batch", (False, True))
 @pytest.mark.parametrize("seg_heads", ("each", "ensemble"))
-def test_selftrain_without_a_trusted_label_the_step_is_that_of_source_only(seg_heads):
-    """Bit for bit: a threshold above 1."""
+def test_selftrain_without_a_trusted_label_the_step_is_that_of_source_only(seg_heads, of_the_batch):
+    """Bit for bit: a threshold above 1. With --batchnorm batch the target moves BatchNorm's running
+    statistics all the same, and no weight."""
     G, batch, phase, hyper, state = ready(threshold=1.01, seg_heads=seg_heads)
-    G.eval()  # BatchNorm on its running statistics, as in adaptation
+    G.train(of_the_batch)
     loss, terms, _ = selftrain.selftrain_step(G, None, batch, phase, hyper, state)
     wanted, _, _ = clan.g_step(G, None, batch, phase, replace(hyper, method="source"))
     assert torch.equal(loss, wanted) and terms["st"] == 0 and terms["kept"] == 0

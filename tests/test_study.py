@@ -978,7 +978,8 @@ def test_study_what_tune_chose_stands_over_what_a_small_network_has(monkeypatch)
 
 def test_study_each_method_names_two_numbers_of_its_own_with_four_values_each():
     for name, method in METHODS.items():
-        assert bool(method.tuned) == (name not in ("source", "clan_late")), "those have another's"
+        others = ("source", "clan_late", "selftrain")  # with another's numbers, or by trials
+        assert bool(method.tuned) == (name not in others)
         if not method.tuned:
             continue
         (first, values), (second, others) = method.tuned
