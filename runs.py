@@ -88,10 +88,11 @@ class Study:
         """
         method = change.get("method", clan.Hyper.method)
         flags = read_by(method, self.flags | change)
-        usual = all_fields(read_by(method, self.flags) | {"method": method})
+        start = {k: change[k] for k in ("init",) if k in change}  # a second stage has its numbers
+        usual = all_fields(read_by(method, self.flags) | {"method": method} | start)
         fields = all_fields(flags)
         changed = [k for k in sorted(change) if k in flags and k not in FREE | {"method"}]
-        changed = [k for k in changed if fields[k] != usual.get(k)]
+        changed = [k for k in changed if k in start or fields[k] != usual.get(k)]
         shown = fields | {"init": name_of_init(fields["init"])}
         parts = (f"{k}{shown[k]}".replace(" ", "") for k in changed)
         name = "-".join([method, *parts])

@@ -28,11 +28,24 @@ def test_second_a_stage_goes_on_with_a_run_and_is_recorded_without_its_folder(tm
     stages = second.stage_after(s, first, trust="m")
     assert [cell["init"] for cell in stages] == [str(cell["out"]) for cell in first]
     names = [cell["out"].name for cell in stages]
-    assert names == [f"selftrain-inittan-lambda_adv0.5-steps500-trustm-seed{i}" for i in (3, 4)]
+    assert names == [f"selftrain-inittan-lambda_adv0.5-trustm-seed{i}" for i in (3, 4)]
     settings, hyper = configure(stages[0])
     assert (hyper.adv_start, hyper.steps, hyper.trust) == (0, 500, "m")
     kept = same_run(json.loads(json.dumps(vars(settings) | vars(hyper), default=str)))
     assert kept["init"] == "tan-lambda_adv0.5", "neither seed nor folder"
+
+
+def test_second_each_row_has_a_folder_of_its_own(tmp_path):
+    """Also those that switch off what is on by default after a run."""
+    s = study.parse(["second", "--runs", str(tmp_path), "--tau", "0.1"])["second"]
+    firsts = {name: s.cells(**change) for name, change in second.MAIN.items()}
+    scores = {f"TAN, {second.BY[w]}": [{"miou": 0.5}] for w in ("confidence", "m")}
+    groups = firsts | second.controls(s, firsts, scores, "confidence")
+    groups |= {f"{k}, stage": second.stage_after(s, v) for k, v in firsts.items()}
+    folders = [flags["out"] for group in groups.values() for flags in group]
+    assert len({*folders}) == len(folders) == 5 * (3 + 5 + 3)
+    changed = {k: configure(v[0])[1].class_mix for k, v in groups.items() if "mix" in k}
+    assert changed == dict.fromkeys(changed, False) and len(changed) == 2
 
 
 def test_second_a_flag_of_the_trust_holds_for_the_weights_that_read_it(tmp_path):
