@@ -66,8 +66,9 @@ def stage_after(study: Study, first: Cells, file: str = "", **numbers) -> Cells:
     study.starts.update({str(flags["out"] / file): flags for flags in first})
     change: Flags = {"steps": length, "save_every": max(1, length // 5), "keep": 99} | numbers
     trust = (study.flags | change).get("trust", SelftrainHyper.trust)
-    unread = {name for name, weights in READ_BY.items() if trust not in weights}
-    rest = {k: v for k, v in study.flags.items() if k not in {"steps", "adv_start"} | unread}
+    read = {k for k, weights in READ_BY.items() if trust in weights}
+    change = {k: v for k, v in study.flags.items() if k in read} | change
+    rest = {k: v for k, v in study.flags.items() if k not in {"steps", "adv_start", *READ_BY}}
     of_stage = replace(study, flags=rest)
     return [
         of_stage.cell(flags["seed"], method="selftrain", init=str(flags["out"] / file), **change)

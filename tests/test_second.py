@@ -56,6 +56,8 @@ def test_second_a_flag_of_the_trust_holds_for_the_weights_that_read_it(tmp_path)
         cells = {trust: second.stage_after(s, first, trust=trust)[0] for trust in second.BY}
         return {trust: getattr(configure(flags)[1], name) for trust, flags in cells.items()}
 
+    tau = study.parse(["second", "--runs", str(tmp_path), "--tau", "0.5"])["second"]
+    assert of_each(tau, "tau") == {"confidence": 0.01, "both": 0.5, "m": 0.5, "constant": 0.01}
     assert of_each(s, "trusted") == {"confidence": 0.3, "both": 0.3, "m": 0.5, "constant": 0.5}
     s = study.parse(["second", "--runs", str(tmp_path), "--trust", "m", "--tau", "0.5"])["second"]
     assert of_each(s, "tau") == {"confidence": 0.01, "both": 0.5, "m": 0.5, "constant": 0.01}
