@@ -234,8 +234,8 @@ def numbers_of_step(flags: Flags, method: str) -> clan.Hyper:
     its own numbers in a run of that length."""
     backbone = configure(flags)[0].backbone
     stage = SECOND_STAGE.get(backbone, {}) if method == "selftrain" else {}
-    own = {k: v for k, v in stage.items() if k not in ("steps", "adv_start")}
-    return configure(read_by(method, flags) | own | {"method": method})[1]
+    numbers = {k: v for k, v in stage.items() if k not in ("steps", "adv_start")}
+    return configure(read_by(method, flags) | numbers | {"method": method})[1]
 
 
 def as_recorded(hyper: clan.Hyper) -> dict:

@@ -168,7 +168,7 @@ def test_selftrain_a_mix_resizes_the_source_to_the_target():
 
 def test_selftrain_a_mix_of_scaled_images_is_refused():
     small, labels = images_of(0, h=8), torch.zeros(2, 16, 24)
-    with pytest.raises(ValueError, match=r"one size: give no other --scales than 1, or"):
+    with pytest.raises(ValueError, match=r"one size: give --scales 1 --scale-probs 1, or"):
         selftrain.mix_classes(small, labels, labels, images_of(1), labels)
 
 

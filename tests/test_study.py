@@ -747,7 +747,8 @@ def test_study_recorded_runs_of_a_seed_come_from_one_machine(tmp_path):
         (tmp_path / f"{TASK}.jsonl").unlink(missing_ok=True)
         for i, name, score in lines:
             result = {"miou": score, "before": {}, "threads": threads, "torch": version}
-            runs.record(asked, cells[i], result | {"commit": "c", "machine": name})
+            result |= {"commit": "c", "machine": name, "settings": runs.all_fields(cells[i])}
+            runs.record(asked, cells[i], result)
         of_folder = {"miou": done, "machine": here, "threads": threads, "torch": version}
         folders = {cells[0]["out"]: of_folder} if done else {}
         found = runs.known_results(of, runs.recorded_lines(asked), folders, cells)
@@ -762,6 +763,15 @@ def test_study_recorded_runs_of_a_seed_come_from_one_machine(tmp_path):
     assert answers((1, here, 0.2), (1, "a", 0.1), done=0.3) == [0.3, 0.2]
     trials = replace(asked, unpaired=True)
     assert answers((0, "a", 0.1), (1, "b", 0.2), (1, here, 0.3), of=trials) == [0.1, 0.3]
+
+
+def test_study_a_run_made_with_settings_that_changed_meanwhile_is_not_recorded(tmp_path):
+    asked = study.parse(["table", "--results", str(tmp_path)])["table"]
+    cell = asked.cell(0, method="tan")
+    result = {"commit": "c", "machine": "a", "settings": runs.all_fields(cell) | {"lr_d": 9.0}}
+    with pytest.raises(ValueError, match="was made with settings that have changed since"):
+        runs.record(asked, cell, result)
+    assert not list(tmp_path.iterdir())
 
 
 def test_study_a_recorded_run_with_other_settings_does_not_count(scenes, tmp_path):
