@@ -283,15 +283,16 @@ def finished(flags: Flags) -> dict | None:
     last = last_checkpoint(out)
     if last is None:
         return None
-    refuse_other_version(last, read_metadata(last))
-    if was := changed_since(last, flags):
+    metadata = read_metadata(last)
+    refuse_other_version(last, metadata)
+    if was := changed_since(metadata["settings"], flags):
         raise ValueError(f"{out} was run with {was}: choose another --runs, or delete it")
     return json.loads((out / RESULT).read_text()) if (out / RESULT).exists() else None
 
 
-def changed_since(checkpoint: Path, flags: Flags) -> str:
+def changed_since(found: dict, flags: Flags) -> str:
     """In which settings a run differs from these flags, as one would say it; empty if in none."""
-    wanted, found = all_fields(flags), read_metadata(checkpoint)["settings"]
+    wanted = all_fields(flags)
     compared = wanted.keys() - (FREE - {"src_dir", "tgt_dir"})
     compared -= unused_fields(wanted["method"]) - D_SHAPE
     changed = [k for k in sorted(compared) if wanted[k] != found.get(k)]
@@ -462,7 +463,7 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     checkpoints: the study reads the run folders, so a recorded result is not enough.
     """
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
-    lines, done = recorded_lines(study), done_of(study, cells)
+    lines, done = recorded_lines(study), done_of(study, [*cells_of.values()])
     for out, result in done.items():
         if is_new(study, lines, cells_of[out], result):  # the study was stopped before that
             record(study, cells_of[out], result)
@@ -559,7 +560,7 @@ def choose_donors(study: Study, missing: list[Flags], cells: list[Flags]) -> dic
 def warm_up_is_there(flags: Flags) -> bool:
     """Whether this run's folder holds its checkpoint at adv_start, of these settings."""
     start = flags["out"] / BEFORE
-    return start.exists() and not changed_since(start, flags)
+    return start.exists() and not changed_since(read_metadata(start)["settings"], flags)
 
 
 def with_usual_d(flags: Flags) -> bool:

@@ -10,6 +10,7 @@ Each stage goes on with a finished run (--method selftrain --init RUN), and take
 that run's adaptation. The result is the teacher of the last step.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from runs import (
     unknown_seeds,
     write,
 )
-from selftrain import SelftrainHyper, Trust, trust_in
+from selftrain import SelftrainHyper, Trust, trust_of
 from settings import Flags, configure
 from tables import step_costs
 from trust import auc, labelled_target, m_and_errors
@@ -192,19 +193,27 @@ def labels_over_time(
     return found
 
 
+def trusted_labels(
+    G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(labels, their weights, the truth) on the labelled pixels of `count` images, by image."""
+    for _, image, label in evaluation.spread_images(target, count):
+        ids = torch.from_numpy(to_source_ids[label.numpy()])
+        p, m = ensemble_and_m(G, image, ids.shape)
+        weight = trust_of(hyper, p[None], m[None, None])[0]
+        known = ids != IGNORE
+        yield p.argmax(dim=0)[known], weight[known], ids[known]
+
+
 def accuracy_of_labels(
     G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
 ) -> tuple[float, float]:
     """Over the labelled pixels of `count` images: as `labels_over_time` says."""
     total = right = pixels = 0.0
-    for _, image, label in evaluation.spread_images(target, count):
-        ids = torch.from_numpy(to_source_ids[label.numpy()])
-        p, m = ensemble_and_m(G, image, ids.shape)
-        of_trust = hyper.trust, hyper.trusted, hyper.threshold, hyper.tau
-        weight = trust_in(p[None], m[None, None], *of_trust)[0] * (ids != IGNORE)
+    for labels, weight, ids in trusted_labels(G, target, to_source_ids, hyper, count):
         total += weight.sum().item()
-        right += weight[p.argmax(dim=0) == ids].sum().item()
-        pixels += (ids != IGNORE).sum().item()
+        right += weight[labels == ids].sum().item()
+        pixels += len(ids)
     return right / max(total, 1e-9), total / max(pixels, 1.0)
 
 
@@ -411,14 +420,13 @@ def start_tau(study: Study, first: Flags) -> float:
     Over all pixels of training images of the target. No label is read.
     """
     hyper: Any = configure(stage_after(study, [first], trust="confidence")[0])[1]
-    of_trust = hyper.trust, hyper.trusted, hyper.threshold, hyper.tau
     G = load(newest_checkpoint(first["out"]), device_of(study))
     _, target, _ = train.open_all(configure(first)[0])
     values, weights = [], []
     for _, image, _ in evaluation.spread_images(target, study.images):
         p, m = ensemble_and_m(G, image, image.shape[-2:])
         values.append(m.flatten().numpy())
-        weights.append(trust_in(p[None], m[None, None], *of_trust).mean().item())
+        weights.append(trust_of(hyper, p[None], m[None, None]).mean().item())
     return float(f"{tau_for(np.concatenate(values), float(np.mean(weights))):.2g}")
 
 
@@ -444,15 +452,9 @@ def coverage(
 ) -> np.ndarray:
     """By class of the truth, C: the share of its pixels that has a trusted label, by its weight."""
     trusted, pixels = np.zeros(G.num_classes), np.zeros(G.num_classes)
-    for _, image, label in evaluation.spread_images(target, count):
-        ids = torch.from_numpy(to_source_ids[label.numpy()])
-        p, m = ensemble_and_m(G, image, ids.shape)
-        of_trust = hyper.trust, hyper.trusted, hyper.threshold, hyper.tau
-        weight = trust_in(p[None], m[None, None], *of_trust)[0]
-        known = ids < G.num_classes
-        of_class = ids[known].long().numpy()
-        trusted += np.bincount(of_class, weight[known].numpy(), G.num_classes)
-        pixels += np.bincount(of_class, minlength=G.num_classes)
+    for _, weight, ids in trusted_labels(G, target, to_source_ids, hyper, count):
+        trusted += np.bincount(ids, weight, G.num_classes)
+        pixels += np.bincount(ids, minlength=G.num_classes)
     return trusted / np.maximum(pixels, 1)
 
 

@@ -102,6 +102,11 @@ def trust_in(
     return weight
 
 
+def trust_of(hyper: SelftrainHyper, p: Tensor, m: Tensor) -> Tensor:
+    """`trust_in` with the numbers of a run."""
+    return trust_in(p, m, hyper.trust, hyper.trusted, hyper.threshold, hyper.tau)
+
+
 def shuffled(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Each image's weights, B H W, at random places."""
     values = weight.flatten(1)
@@ -144,8 +149,8 @@ def mix_classes(
     size = images.shape[-2:]
     if labels.shape[-2:] != size or source_labels.shape[-2:] != source.shape[-2:]:
         raise ValueError(
-            "class mix needs images and labels of one size: give --scales 1 --scale-probs "
-            "1, or --no-class-mix"
+            "class mix needs images and labels of one size: give --scales 1 --scale-probs 1, or "
+            "--no-class-mix"
         )
     if source.shape[-2:] != size:
         resize = torch.nn.functional.interpolate
@@ -282,8 +287,7 @@ def selftrain_step(
         p = ensemble(logits, size).softmax(dim=1)
         m = discrepancy_map(*(upsample(x, size).softmax(dim=1) for x in logits))
         labels = p.argmax(dim=1)
-        of_trust = hyper.trust, hyper.trusted, hyper.threshold, hyper.tau
-        weight = trust_in(p, m, *of_trust)
+        weight = trust_of(hyper, p, m)
         terms |= {"kept": weight.mean(), "m": m.mean()}
         if hyper.trust_shuffled:
             places = torch.Generator().manual_seed(torch.initial_seed() + 1)

@@ -275,7 +275,7 @@ def configure(flags: Flags, tuned: bool = True) -> tuple[Settings, clan.Hyper]:
     name = flags.get("method", clan.Hyper.method)
     both = (settings.backbone, name)
     numbers |= OF_METHOD.get(name, {}) | OF_BOTH.get(both, {})
-    numbers |= OF_SMALL.get(name, {}) if settings.backbone in ("tiny", "lite0") else {}
+    numbers |= OF_SMALL.get(name, {}) if settings.backbone in OF_BACKBONE else {}
     numbers |= TUNED.get(both, {}) if tuned else {}
     if flags.get("method") == "selftrain" and settings.init not in ("none", "imagenet"):
         numbers |= SECOND_STAGE.get(settings.backbone, {"adv_start": 0})

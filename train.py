@@ -236,7 +236,8 @@ def check_start(settings: Settings, hyper: Any, source: data.DataSet) -> None:
     or could not paste the source into the target."""
     if hyper.class_mix and hyper.scales != (1.0,):
         raise ValueError(
-            "--class-mix needs images of one scale: give --scales 1, or --no-class-mix"
+            "--class-mix needs images of one scale: give --scales 1 --scale-probs 1, or "
+            "--no-class-mix"
         )
     classes = source.classes
     if settings.init in ("none", "imagenet"):

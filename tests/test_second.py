@@ -120,7 +120,7 @@ def test_second_a_stage_is_named_by_its_start_also_where_no_folder_is(tmp_path):
     stages = [second.stage_after(s, s.cells(method="tan", lambda_adv=x))[0] for x in (0.05, 0.5)]
     inits = [same_run(all_fields(flags), s.starts)["init"] for flags in stages]
     assert inits[0].startswith("tan-") and inits[1].startswith("tan-lambda_adv0.5-")
-    (again,) = (second.stage_after(s, s.cells(method="tan", lambda_adv=0.5)[:1]),)
+    again = second.stage_after(s, s.cells(method="tan", lambda_adv=0.5)[:1])
     assert same_run(all_fields(again[0]), s.starts)["init"] == inits[1]
     half = second.stage_after(s, s.cells(method="tan"), "before_adaptation.safetensors")[0]
     assert same_run(all_fields(half), s.starts)["init"].startswith("before_adaptation.safetensors-")

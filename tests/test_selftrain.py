@@ -534,7 +534,8 @@ def test_selftrain_the_lineage_is_that_of_the_run(tmp_path):
 def test_selftrain_a_mix_of_scaled_images_is_refused_before_the_first_step(first, tmp_path):
     start = [*STAGE, "--init", str(first), "--class-mix", "--out", str(tmp_path / "x")]
     error = run_error(*start, "--scales", "0.8", "1.2", "--scale-probs", "0.5", "0.5")
-    assert "--class-mix needs images of one scale: give --scales 1, or --no-class-mix" in error
+    remedy = "give --scales 1 --scale-probs 1, or --no-class-mix"
+    assert f"--class-mix needs images of one scale: {remedy}" in error
     assert not (tmp_path / "x").exists()
 
 

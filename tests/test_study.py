@@ -988,8 +988,8 @@ def test_study_what_tune_chose_stands_over_what_a_small_network_has(monkeypatch)
 
 def test_study_each_method_names_two_numbers_of_its_own_with_four_values_each():
     for name, method in METHODS.items():
-        others = ("source", "clan_late", "selftrain")  # with another's numbers, or by trials
-        assert bool(method.tuned) == (name not in others)
+        untuned = ("source", "clan_late", "selftrain")  # with another's numbers, or by trials
+        assert bool(method.tuned) == (name not in untuned)
         if not method.tuned:
             continue
         (first, values), (second, others) = method.tuned
