@@ -296,7 +296,7 @@ BY: dict[Trust, str] = {
     "both": "by both",
     "constant": "constant",
 }
-BETAS = (0.01, 0.02, 0.08, 0.2)  # of FDA, for `fourier`: .08 was the best of three
+BETAS = (0.01, 0.02, 0.08, 0.2, 0.4)  # of FDA, for `fourier`; the first three, then outwards
 FDA = 0.02  # --fourier of the rows with it
 
 
@@ -319,10 +319,14 @@ def second(study: Study) -> None:
     results = with_starts(study, firsts, groups)
     if on_streets(study):
         groups |= controls(study, firsts, results, trust)
-    groups |= {
+    styled = {
         f"{name}, FDA": study.cells(**MAIN[name], fourier=FDA) for name in ("source only", "TAN")
     }
-    write_second(study, f"{start}, {BY[trust]}", with_starts(study, firsts, groups))
+    groups |= styled
+    groups[f"TAN, FDA, {BY[trust]}"] = stage_weighed_by(
+        study, styled["TAN, FDA"], trust, fourier=FDA
+    )
+    write_second(study, f"{start}, {BY[trust]}", with_starts(study, firsts | styled, groups))
 
 
 def with_starts(
@@ -371,9 +375,10 @@ def write_second(study: Study, usual: str, results: dict[str, list[dict]]) -> No
     rows = []
     taus = {f"{x['settings']['tau']:g}" for group in results.values() for x in group
             if x["settings"].get("trust") in READ_BY["tau"]}  # fmt: skip
+    alone = [name for name, group in results.items() if "student" not in group[0]]
     for name, group in results.items():
-        start = next((results[x] for x in MAIN if name.startswith(f"{x}, ")), None)
-        gain = difference(group, start) if start else ""
+        start = max((x for x in alone if name.startswith(f"{x}, ")), key=len, default="")
+        gain = difference(group, results[start]) if start else ""
         students = [r["student"]["miou"] for r in group if "student" in r]
         apart = difference(group, results[usual]) if students and name != usual else ""
         rows.append(
@@ -386,8 +391,8 @@ def write_second(study: Study, usual: str, results: dict[str, list[dict]]) -> No
         "with TAN's runs and labels weighed by confidence, and for no other row. The loss divides "
         "by the sum of the weights, so all have the same mean. "
         f"tau is {', '.join(sorted(taus))}: with it the mean of exp(-M / tau) is the share that "
-        "counts by confidence, on the first seed before the stage. FDA is no second stage: it "
-        "styles the source from the first step on. "
+        "counts by confidence, on the first seed before the stage. FDA styles "
+        "the source from the first step on. "
     )
     costs = step_costs(study)
     if {"selftrain", "clan"} <= costs.keys():

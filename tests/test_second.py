@@ -168,9 +168,12 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     ]
     studied("second", tmp_path / "val", "--seeds", "0,1")
     rows = table(tmp_path / "val", "second")
-    assert len(rows) == 3 + 3 + (len(second.BY) - 1) + 5 + 2
+    assert len(rows) == 3 + 3 + (len(second.BY) - 1) + 5 + 3
     assert [name for name in rows if name.endswith("shuffled")], "of the better weight"
     assert rows["TAN"][1] == "" and rows["TAN, FDA"][1] and rows["TAN, by M"][1]
+    means = {name: float(row[0].split()[0]) for name, row in rows.items()}
+    gain = float(rows["TAN, FDA, by confidence"][1].split()[0])
+    assert gain == pytest.approx(means["TAN, FDA, by confidence"] - means["TAN, FDA"], abs=0.11)
     assert rows["CLAN, by confidence"][3] and not rows["CLAN"][3].strip("-")
     assert rows["TAN, by M"][2] and not rows["TAN, by confidence"][2], "one from the other"
     lines = (tmp_path / "val" / "results" / f"{TASK}.jsonl").read_text().splitlines()
