@@ -296,7 +296,8 @@ BY: dict[Trust, str] = {
     "both": "by both",
     "constant": "constant",
 }
-BETAS = (0.01, 0.02, 0.08, 0.2, 0.4)  # of FDA, for `fourier`; the first three, then outwards
+# Of FDA, for `fourier`: the first three, then outwards to all amplitudes.
+BETAS = (0.01, 0.02, 0.08, 0.2, 0.4, 0.6)
 FDA = 0.02  # --fourier of the rows with it
 
 
