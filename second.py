@@ -296,8 +296,8 @@ BY: dict[Trust, str] = {
     "both": "by both",
     "constant": "constant",
 }
-# Of FDA, for `fourier`: the first three, then outwards to all amplitudes.
-BETAS = (0.01, 0.02, 0.08, 0.2, 0.4, 0.6)
+# Of FDA, for `fourier`: the first three, then outwards to the largest that there is.
+BETAS = (0.01, 0.02, 0.08, 0.2, 0.4, 0.5)
 FDA = 0.02  # --fourier of the rows with it
 
 
