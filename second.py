@@ -298,7 +298,7 @@ BY: dict[Trust, str] = {
 }
 # Of FDA, for `fourier`: the first three, then outwards to the largest that there is.
 BETAS = (0.01, 0.02, 0.08, 0.2, 0.4, 0.5)
-FDA = 0.02  # --fourier of the rows with it
+FDA = 0.5  # --fourier of the rows with it
 
 
 def second(study: Study) -> None:
