@@ -418,6 +418,23 @@ def fourier(study: Study) -> None:
     note = "Target mIoU in % of source only, tuning seeds: for choosing, not reporting."
     header = ["beta", f"mIoU on {study.shared[0].split}"]
     write(study, f"fourier-{study.task}", header, rows, note, results)
+    save_figure(study, styled_image(cells[0.0][0]), f"fourier-{study.task}", results["0"])
+
+
+def styled_image(flags: Flags) -> Figure:
+    """A source image, the same in the style of one target image by each of BETAS, and that one."""
+    source, target, _ = train.open_all(configure(flags)[0])
+    image = data.image_at(source, 0)
+    shown = {"source": image}
+    shown |= {f"beta {b:g}": data.in_style(image, target, 0, 0, b) for b in BETAS}
+    shown["target"] = data.image_at(target, data.sample_index(0, len(target), 0, 2))
+    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    places = figure.subplots(2, 4).flat
+    for ax, (name, pixels) in zip(places, shown.items(), strict=True):
+        ax.imshow(pixels)
+        ax.set_title(name, fontsize=9)
+        ax.axis("off")
+    return figure
 
 
 def start_tau(study: Study, first: Flags) -> float:

@@ -192,5 +192,6 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     monkeypatch.setattr(second, "CHANGES", few)
     studied("fourier", tmp_path, "--seeds", "10")
     assert list(table(tmp_path, "fourier")) == ["0", *(f"{beta:g}" for beta in second.BETAS)]
+    assert (tmp_path / f"fourier-{TASK}.png").exists()
     studied("reliable", tmp_path / "val", "--seeds", "0")
     assert (tmp_path / "val" / f"reliable-{TASK}.png").exists()
