@@ -52,7 +52,10 @@ Cells = list[Flags]
 
 
 # The weights that read a number; the others refuse it.
-READ_BY: dict[str, tuple[Trust, ...]] = {"trusted": ("confidence", "both"), "tau": ("m", "both")}
+READ_BY: dict[str, tuple[Trust, ...]] = {
+    "trusted": ("confidence", "both", "least_m"),
+    "tau": ("m", "both"),
+}
 
 
 def stage_after(study: Study, first: Cells, file: str = "", **numbers) -> Cells:
@@ -133,8 +136,7 @@ CHANGES: dict[str, Flags] = {
 def trials(study: Study) -> None:
     """What makes the second stage keep or lose what TAN has won: one change at a time, on dev.
 
-    Labels: how many of the trusted ones are right, and how many are trusted, at three moments. They
-    show whether the labels go wrong first or the network.
+    Labels: how many of the trusted ones are right, and how many are trusted, at three moments.
     """
     study = replace(on_dev(study), unpaired=True)
     cells, firsts = first_runs(study, {"TAN": MAIN["TAN"]})
@@ -150,8 +152,9 @@ def trials(study: Study) -> None:
             rows.append([name, "", "diverged", *[""] * (len(moments) + 2)])
             print(f"{name}, {len(lost)} of {len(group)} runs: {lost[0]}", flush=True)
             continue
-        labels = labels_over_time(study, stages[name][0], moments)
-        shown = [f"{100 * right:.1f} of {100 * share:.0f}" for right, share in labels.values()]
+        labels = [labels_over_time(study, flags, moments) for flags in stages[name]]
+        means = [np.mean([x[step] for x in labels], axis=0) for step in moments]
+        shown = [f"{100 * right:.1f} of {100 * share:.0f}" for right, share in means]
         students = (r["student"]["miou"] for r in group)
         gain = f"{np.mean(points_apart(group, firsts['TAN'])):+.1f}"
         early = mean_and_deviation(score_at(r, moments[1]) for r in group)
@@ -163,7 +166,7 @@ def trials(study: Study) -> None:
         "Target mIoU in % of the teacher and of the student after the second stage, tuning seeds: "
         "for choosing, not reporting. Labels: % of the trusted ones that are right, of the % of "
         f"the pixels that are trusted, on {study.images} of the target's training images, where a "
-        "batch is one image; first seed. There is no adversary in this stage."
+        "batch is one image. There is no adversary in this stage."
     )
     write(study, f"trials-{study.task}", header, rows, note, results | firsts)
 
@@ -295,6 +298,7 @@ BY: dict[Trust, str] = {
     "m": "by M",
     "both": "by both",
     "constant": "constant",
+    "least_m": "by least M",
 }
 # Of FDA, for `fourier`: the first three, then outwards to the largest that there is.
 BETAS = (0.01, 0.02, 0.08, 0.2, 0.4, 0.5)
@@ -320,13 +324,15 @@ def second(study: Study) -> None:
     results = with_starts(study, firsts, groups)
     if on_streets(study):
         groups |= controls(study, firsts, results, trust)
+        groups[f"CLAN, {BY['least_m']}"] = stage_weighed_by(study, firsts["CLAN"], "least_m")
     styled = {
         f"{name}, FDA": study.cells(**MAIN[name], fourier=FDA) for name in ("source only", "TAN")
     }
     groups |= styled
-    groups[f"TAN, FDA, {BY[trust]}"] = stage_weighed_by(
-        study, styled["TAN, FDA"], trust, fourier=FDA
-    )
+    groups |= {
+        f"{k}, {BY[trust]}": stage_weighed_by(study, v, trust, fourier=FDA)
+        for k, v in styled.items()
+    }
     write_second(study, f"{start}, {BY[trust]}", with_starts(study, firsts | styled, groups))
 
 
@@ -382,17 +388,19 @@ def write_second(study: Study, usual: str, results: dict[str, list[dict]]) -> No
         gain = difference(group, results[start]) if start else ""
         students = [r["student"]["miou"] for r in group if "student" in r]
         apart = difference(group, results[usual]) if students and name != usual else ""
-        rows.append(
-            [name, mean_and_deviation(map(miou, group)), gain, apart, mean_and_deviation(students)]
-        )
+        kept = [r["terms"]["kept"] for r in group if "kept" in r.get("terms", {})]
+        weight = f"{np.mean(kept):.2f}" if kept else ""
+        rows.append([name, mean_and_deviation(map(miou, group)), gain, apart,
+                     mean_and_deviation(students), weight])  # fmt: skip
     header = ["start, weight of the labels", "mIoU", "minus the start alone", f"minus {usual}"]
+    header += ["student", "mean weight"]
     note = (
         "Target mIoU in %, mean ± deviation over seeds: of the teacher at the last step, and of "
         f"the student; paired differences. {INTERVALS} All settings were chosen on streets' dev, "
         "with TAN's runs and labels weighed by confidence, and for no other row. The loss divides "
-        "by the sum of the weights, so all have the same mean. "
+        "by the sum of the weights; their mean over the stage is the last column. "
         f"tau is {', '.join(sorted(taus))}: with it the mean of exp(-M / tau) is the share that "
-        "counts by confidence, on the first seed before the stage. FDA styles "
+        "counts by confidence, on TAN's first seed before the stage. FDA styles "
         "the source from the first step on. "
     )
     costs = step_costs(study)
@@ -401,7 +409,7 @@ def write_second(study: Study, usual: str, results: dict[str, list[dict]]) -> No
         note += f"A step takes {time:.2f} times as long as CLAN's, and {memory:.2f} of its memory."
     else:
         note += "What a step costs is not measured: python bench.py step --method all --to results"
-    write(study, f"second-{study.task}", [*header, "student"], rows, note, results)
+    write(study, f"second-{study.task}", header, rows, note, results)
 
 
 def mean_miou(results: list[dict]) -> float:

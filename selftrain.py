@@ -2,22 +2,28 @@
 
     python train.py --method selftrain --init runs/RUN           # from any run, D is not read
     python train.py --method tan --selftrain-start 1600          # both, one after the other
-    python train.py --fourier 0.02                               # FDA, with any method
+    python train.py --fourier 0.08                               # FDA, with any method
+
+    state = first_teacher(G, hyper)                              # in your own code
+    loss, terms, _ = selftrain_step(G, None, batch, phase, hyper, state)
+    loss.backward(); opt_g.step(); opt_g.zero_grad()
+    state |= next_teacher(state, G, terms, hyper)                # the result: teacher_of(state)
 
 This is not in the paper. The teacher is the exponential moving average of G, the student. It sees
-the whole, unchanged image of the target; the student sees it with other colours, with objects of
+the target's image as the other methods do; the student sees it with other colours, with objects of
 the source pasted in, or with parts hidden. Each label counts as much as it is trusted: by the
 teacher's confidence, or by the agreement of its two heads, M (Section 3.2). The teacher at the last
 step is the result. The flags that say what the run was (--src, --tgt, --backbone) are given again.
 
 Sources: mean teacher (Tarvainen and Valpola, 2017), class mix (Olsson et al., 2021), masked patches
 (MIC, Hoyer et al., 2023). All draws are from `generator`, or from torch's own, which train.py seeds
-for each step: they depend on (seed, step) and the process alone.
+for each step: they depend on (seed, step) and the process alone. `generator` is one of the CPU.
 
 Shapes: B images, C classes, H W label grid.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 import torch
@@ -38,7 +44,7 @@ from clan import Batch, Hyper, Phase, Terms, upsample
 from losses import discrepancy_map
 from models import Generator
 
-Trust = Literal["confidence", "m", "both", "constant"]
+Trust = Literal["confidence", "m", "both", "constant", "least_m"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,11 @@ class SelftrainHyper(Hyper):
     teacher_momentum: float = 0.999  # share of the teacher that a step keeps; 0: it is the student
     lambda_target: float = 1.0  # weight of the loss on the teacher's labels
     trust: Trust = "confidence"  # what a label's weight is made from
-    trusted: float = 0.5  # least share of each class's labels that count, by confidence, of a batch
+    trusted: float = 0.5  # least share of each class's labels in a batch that count
     threshold: float = 0.0  # labels of lower confidence do not count; above 1 none does
-    tau: float = 0.01  # the weight by M is exp(-M / tau)
+    tau: float = 0.01  # the weight by M is exp(-M / tau); tiny: 1.6e-5 (a larger one is constant)
     trust_shuffled: bool = False  # for studies: the weights of each image, at random places
-    source_free: bool = False  # learn from the teacher's labels alone, not from the source
+    source_free: bool = False  # learn the teacher's labels alone; the source's files are still read
     class_mix: bool = False  # paste half of the source's classes into the target's images
     masked: float = 0.0  # share of the target's image that is hidden, in square patches
     patches: int = 8  # patches from top to bottom
@@ -71,7 +77,7 @@ class SelftrainHyper(Hyper):
             raise ValueError("class_mix pastes the source in, and source_free has none: drop one")
         for name, needed, remedy in (
             ("tau", self.trust in ("m", "both"), "trust m or both"),
-            ("trusted", self.trust in ("confidence", "both"), "trust confidence or both"),
+            ("trusted", self.trust not in ("m", "constant"), "trust confidence, both or least_m"),
             ("patches", self.masked > 0, "masked above 0"),
         ):
             if not needed and getattr(self, name) != getattr(SelftrainHyper, name):
@@ -88,9 +94,10 @@ def trust_in(
 
     p: B C H W, the teacher's probabilities; the labels are their arg-max. m: B 1 H W, the
     discrepancy of its heads.
-    confidence: 1 for the `trusted` share of each class's pixels that is surest and above
-        `threshold`, else 0. m: exp(-M / tau). both: their product. constant: 1.
-    The threshold holds for all of them.
+    confidence: 1 for the surest pixels of each class, at least the share `trusted` of them, else 0.
+        Equal ones count alike. m: exp(-M / tau). both: the product of the two. constant: 1.
+        least_m: as confidence, but the pixels with the least M are the surest.
+    Below `threshold` of confidence all weights are 0. Shares are of the images given here.
     """
     confidence, labels = p.max(dim=1)
     weight = (confidence > threshold).to(p)
@@ -99,7 +106,19 @@ def trust_in(
         weight = weight * (confidence >= of_class[labels])
     if trust in ("m", "both"):
         weight = weight * (-m[:, 0] / tau).exp()
+    if trust == "least_m":
+        weight = weight * least_of_class(m[:, 0], labels, trusted)
     return weight
+
+
+def least_of_class(values: Tensor, labels: Tensor, share: float) -> Tensor:
+    """1 for the smallest values of each label, at least this share of them, else 0. All B H W."""
+    kept = torch.zeros_like(values)
+    for label in labels.unique():
+        of_class = values[labels == label]
+        count = max(1, ceil(share * len(of_class)))
+        kept[labels == label] = (of_class <= of_class.kthvalue(count).values).to(kept)
+    return kept
 
 
 def trust_of(hyper: SelftrainHyper, p: Tensor, m: Tensor) -> Tensor:
@@ -142,9 +161,9 @@ def mix_classes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels and weights with half of the classes of a source image pasted in.
 
-    images: B 3 H W of the target. labels, weight: B H W, the teacher's. source: B 3 h w, resized to
-    H W. source_labels: B h w; these pixels count as much as the image's labels do on average.
-    Unlabelled ones stay out.
+    images: B 3 H W of the target, 0 to 255. labels, weight: B H W, the teacher's. source: B 3 h w,
+    resized to H W. source_labels: B h w; these pixels count as much as the image's labels do on
+    average. Unlabelled ones stay out.
     """
     size = images.shape[-2:]
     if labels.shape[-2:] != size or source_labels.shape[-2:] != source.shape[-2:]:
@@ -173,7 +192,8 @@ def mix_classes(
 def hide_patches(
     images: Tensor, share: float, patches: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Images B 3 H W in which about `share` of the square patches have the image's mean colour."""
+    """Images B 3 H W, 0 to 255, in which about `share` of the square patches have the image's mean
+    colour."""
     height, width = images.shape[-2:]
     side = max(1, round(height / patches))
     rows, columns = -(-height // side), -(-width // side)
@@ -212,10 +232,11 @@ def change_colours(
 def fourier_style(source: Tensor, target: Tensor, beta: float) -> Tensor:
     """The source's image with the target's amplitudes at all frequencies below beta.
 
-    source, target: ... H W of one size, floats in any range. beta: in cycles a pixel, compared with
-    the vertical and with the horizontal frequency; 0 changes nothing, above 0.5 all amplitudes are
-    the target's. Phases stay the source's. Returns the shape of `source`; its values may leave the
-    range. (The authors' code has a square band, floor(beta * min(H, W)) wide on each side.)
+    source, target: ... H W of one size, float32 or float64 in any range. beta: in cycles a pixel,
+    compared with the vertical and with the horizontal frequency; 0 changes nothing, above 0.5 all
+    amplitudes are the target's. Phases stay the source's. Returns the shape of `source`; its values
+    may leave the range. (The authors' code has a square band, floor(beta * min(H, W)) wide on each
+    side.)
     Raises ValueError if the two differ in shape.
     """
     if source.shape != target.shape:
@@ -273,7 +294,8 @@ def selftrain_step(
 ) -> tuple[Tensor, Terms, None]:
     """Source only + lambda_target * weighted loss of the teacher's labels.
 
-    Both losses are Eq. 3's, of the ensemble or of each head, as seg_heads says.
+    Both are cross entropies, of the ensemble or of each head, as seg_heads says. gamma acts on the
+    source's alone.
     """
     loss, terms = torch.zeros((), device=batch.labels.device), Terms()
     if not (phase.adversarial and hyper.source_free):

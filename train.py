@@ -272,12 +272,22 @@ def first_networks(
     G = Generator(settings.backbone, num_classes, settings.lineage, hyper.head_std)
     D = second_network(G, hyper)
     if settings.init != "none" and not resume:
-        load_weights(G, settings.init, say=console.print)
+        initial = load_weights(G, settings.init, say=console.print).initial
+        check_heads(settings, hyper, [name for name in initial if name.startswith(("C1.", "C2."))])
     if settings.merge_heads:
         merge_heads(G)
     if settings.recompute:
         recompute_blocks(G)
     return devices.place(G, device), D if D is None else devices.place(D, device)
+
+
+def check_heads(settings: Settings, hyper: Hyper, initial: list[str]) -> None:
+    """Raises ValueError if a second stage would begin with heads that have learnt nothing."""
+    if hyper.method == "selftrain" and hyper.adv_start == 0 and initial:
+        raise ValueError(
+            f"{settings.init} has no weights for {', '.join(initial)}, and a second stage goes on "
+            "with both heads: give --init RUN, or --adv-start N to learn the source first"
+        )
 
 
 def second_network(G: Generator, hyper: Hyper) -> Any:

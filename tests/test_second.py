@@ -168,7 +168,7 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     ]
     studied("second", tmp_path / "val", "--seeds", "0,1")
     rows = table(tmp_path / "val", "second")
-    assert len(rows) == 3 + 3 + (len(second.BY) - 1) + 5 + 3
+    assert len(rows) == 3 + 3 + (len(second.BY) - 1) + 6 + 4
     assert [name for name in rows if name.endswith("shuffled")], "of the better weight"
     assert rows["TAN"][1] == "" and rows["TAN, FDA"][1] and rows["TAN, by M"][1]
     means = {name: float(row[0].split()[0]) for name, row in rows.items()}

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -102,7 +103,22 @@ def test_selftrain_trust_by_m_is_an_exponential_and_both_is_the_product():
     assert (selftrain.trust_in(p, m, "constant", 0.4, 0.0, 0.2) == 1).all()
 
 
-@pytest.mark.parametrize("trust", ("confidence", "m", "both", "constant"))
+@pytest.mark.parametrize("share", (0.3, 1.0))
+def test_selftrain_trust_by_least_m_keeps_the_share_of_each_class_on_which_the_heads_agree(share):
+    p, m = probabilities(2, 4, 20, 30), torch.rand(2, 1, 20, 30, generator=seeded(3))
+    weight = selftrain.trust_in(p, m, "least_m", share, 0.0, 1.0)
+    labels = p.argmax(dim=1)
+    for c in range(4):
+        of_class = sorted(
+            zip(m[:, 0][labels == c].tolist(), weight[labels == c].tolist(), strict=True)
+        )
+        count = math.ceil(share * len(of_class))
+        assert [w for _, w in of_class] == [1.0] * count + [0.0] * (len(of_class) - count)
+    equal = selftrain.trust_in(p, torch.zeros_like(m), "least_m", share, 0.0, 1.0)
+    assert (equal == 1).all(), "equal ones count alike"
+
+
+@pytest.mark.parametrize("trust", get_args(selftrain.Trust))
 def test_selftrain_no_label_is_trusted_below_the_threshold(trust):
     p, m = probabilities(2, 4, 5, 6), torch.zeros(2, 1, 5, 6)
     weight = selftrain.trust_in(p, m, trust, 1.0, 0.6, 0.1)
@@ -320,7 +336,8 @@ def test_selftrain_numbers_that_make_no_sense_are_refused():
         ("--patches 0", "patches at least 1"),
         ("--masked 2", "masked must lie in"),
         ("--tau 0.1", "tau has no effect here: it needs trust m or both"),
-        ("--trust m --trusted 0.2", "trusted has no effect here: it needs trust confidence or"),
+        ("--trust m --trusted 0.2", "trusted has no effect here: it needs trust confidence, "),
+        ("--trust constant --trusted 0.2", "trusted has no effect here: it needs trust confidence"),
         ("--patches 4", "patches has no effect here: it needs masked above 0"),
     ):
         assert sentence in run_error("--method", "selftrain", *flags.split())
@@ -456,6 +473,15 @@ def test_selftrain_another_backbone_and_other_classes_are_refused_by_name(first,
         *start, *flags, "--backbone", "tiny"
     )
     assert "holds no checkpoint" in run_error(*STAGE, "--init", str(tmp_path / "none"))
+
+
+def test_selftrain_a_network_whose_heads_have_learnt_nothing_is_refused(few, tmp_path):
+    tensors = Generator("tiny", 19).state_dict()
+    path = tmp_path / "one_head.pth"
+    torch.save({k: v for k, v in tensors.items() if not k.startswith("C2.")}, path)
+    start = [*STAGE, "--init", str(path), "--out", str(tmp_path / "x")]
+    assert "has no weights for C2." in run_error(*start)
+    run(tmp_path / "y", "--method", "selftrain", "--adv-start", "1", "--init", str(path))
 
 
 # FDA.
