@@ -382,9 +382,9 @@ def write_second(study: Study, usual: str, results: dict[str, list[dict]]) -> No
     rows = []
     taus = {f"{x['settings']['tau']:g}" for group in results.values() for x in group
             if x["settings"].get("trust") in READ_BY["tau"]}  # fmt: skip
-    alone = [name for name, group in results.items() if "student" not in group[0]]
+    starts = [name for name, group in results.items() if "student" not in group[0]]
     for name, group in results.items():
-        start = max((x for x in alone if name.startswith(f"{x}, ")), key=len, default="")
+        start = max((x for x in starts if name.startswith(f"{x}, ")), key=len, default="")
         gain = difference(group, results[start]) if start else ""
         students = [r["student"]["miou"] for r in group if "student" in r]
         apart = difference(group, results[usual]) if students and name != usual else ""

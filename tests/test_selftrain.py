@@ -481,7 +481,7 @@ def test_selftrain_a_network_whose_heads_have_learnt_nothing_is_refused(few, tmp
     torch.save({k: v for k, v in tensors.items() if not k.startswith("C2.")}, path)
     start = [*STAGE, "--init", str(path), "--out", str(tmp_path / "x")]
     assert "has no weights for C2." in run_error(*start)
-    run(tmp_path / "y", "--method", "selftrain", "--adv-start", "1", "--init", str(path))
+    train.main([*start, "--adv-start", "1"])
 
 
 # FDA.
