@@ -437,7 +437,7 @@ def styled_image(flags: Flags) -> Figure:
     shown |= {f"beta {b:g}": data.in_style(image, target, 0, 0, b) for b in BETAS}
     shown["target"] = data.image_at(target, data.sample_index(0, len(target), 0, 2))
     figure = Figure(figsize=(10, 2.9), layout="constrained")
-    places = figure.subplots(2, 4).flat
+    places = figure.subplots(2, 4).ravel()
     for ax, (name, pixels) in zip(places, shown.items(), strict=True):
         ax.imshow(pixels)
         ax.set_title(name, fontsize=9)
