@@ -403,13 +403,17 @@ def write_second(study: Study, usual: str, results: dict[str, list[dict]]) -> No
         "counts by confidence, on TAN's first seed before the stage. FDA styles "
         "the source from the first step on. "
     )
-    costs = step_costs(study)
-    if {"selftrain", "clan"} <= costs.keys():
-        time, memory = (a / b for a, b in zip(costs["selftrain"], costs["clan"], strict=True))
-        note += f"A step takes {time:.2f} times as long as CLAN's, and {memory:.2f} of its memory."
-    else:
-        note += "What a step costs is not measured: python bench.py step --method all --to results"
-    write(study, f"second-{study.task}", header, rows, note, results)
+    write(study, f"second-{study.task}", header, rows, note + cost_of_a_step(study), results)
+
+
+def cost_of_a_step(study: Study) -> str:
+    """What bench.py has recorded, as a sentence. How labels are weighed makes no difference."""
+    rest = {k: v for k, v in study.flags.items() if k not in READ_BY}
+    costs = step_costs(replace(study, flags=rest))
+    if not {"selftrain", "clan"} <= costs.keys():
+        return "What a step costs is not measured: python bench.py step --method all --to results"
+    time, memory = (a / b for a, b in zip(costs["selftrain"], costs["clan"], strict=True))
+    return f"A step takes {time:.2f} times as long as CLAN's, and {memory:.2f} of its memory."
 
 
 def mean_miou(results: list[dict]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,13 +58,21 @@ def test_second_a_flag_of_the_trust_holds_for_the_weights_that_read_it(tmp_path)
         return {trust: getattr(configure(flags)[1], name) for trust, flags in cells.items()}
 
     tau = study.parse(["second", "--runs", str(tmp_path), "--tau", "0.5"])["second"]
-    assert of_each(tau, "tau") == {"confidence": 0.01, "both": 0.5, "m": 0.5, "constant": 0.01}
-    assert of_each(s, "trusted") == {"confidence": 0.3, "both": 0.3, "m": 0.5, "constant": 0.5}
+    read = dict.fromkeys(second.BY, 0.01) | {"both": 0.5, "m": 0.5}
+    assert of_each(tau, "tau") == read
+    assert of_each(s, "trusted") == dict.fromkeys(second.BY, 0.3) | {"m": 0.5, "constant": 0.5}
     s = study.parse(["second", "--runs", str(tmp_path), "--trust", "m", "--tau", "0.5"])["second"]
-    assert of_each(s, "tau") == {"confidence": 0.01, "both": 0.5, "m": 0.5, "constant": 0.01}
+    assert of_each(s, "tau") == read
     assert second.numbers_of_stage(s, first[0]).trust == "m"
     (cell, *_) = second.stage_weighed_by(s, first, "m")
     assert configure(cell)[1].tau == 0.5, "--tau holds, and nothing is fitted"
+
+
+@pytest.mark.parametrize("flags", ((), ("--tau", "1e-5"), ("--trust", "m", "--tau", "1e-5")))
+def test_second_the_cost_of_a_step_is_known_whatever_weighs_the_labels(flags):
+    results = Path(second.__file__).parent / "results"
+    s = study.parse(["second", "--results", str(results), *flags])["second"]
+    assert second.cost_of_a_step(s).startswith("A step takes 0.")
 
 
 def test_second_the_tau_of_m_is_fitted_to_each_start(tmp_path, monkeypatch):
