@@ -408,7 +408,7 @@ def write_second(study: Study, usual: str, results: dict[str, list[dict]]) -> No
 
 def cost_of_a_step(study: Study) -> str:
     """What bench.py has recorded, as a sentence. How labels are weighed makes no difference."""
-    rest = {k: v for k, v in study.flags.items() if k not in READ_BY}
+    rest = {k: v for k, v in study.flags.items() if k not in {"trust", *READ_BY}}
     costs = step_costs(replace(study, flags=rest))
     if not {"selftrain", "clan"} <= costs.keys():
         return "What a step costs is not measured: python bench.py step --method all --to results"

@@ -150,7 +150,8 @@ def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
         return {k: [result_of(k, cell["seed"]) for cell in group] for k, group in groups.items()}
 
     monkeypatch.setattr(second, "run_groups", found)
-    monkeypatch.setattr(second, "labels_over_time", lambda *_: {0: (0.7, 0.5)})
+    monkeypatch.setattr(second, "labels_over_time", lambda study, flags, moments: {
+        step: (0.7 + (flags["seed"] - 10) / 5, 0.5) for step in moments})  # fmt: skip
     monkeypatch.setattr(second, "write", lambda study, name, header, rows, *_: tables.update(
         {row[0]: row[1:] for row in rows if len(row) <= len(header)}))  # fmt: skip
     tables: dict[str, list[str]] = {}
@@ -158,6 +159,7 @@ def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
     assert tables.keys() == second.CHANGES.keys()
     assert tables["rate x 2.5"][1] == "diverged" and tables["class mix"][1].startswith("40.0")
     assert tables["class mix"][0].startswith("35.0"), "at step 100"
+    assert tables["class mix"][-3:] == ["80.0 of 50"] * 3, "of both seeds"
     assert "rate x 2.5, 1 of 2 runs: step 8: grad is not finite" in capsys.readouterr().out
 
 
