@@ -150,8 +150,8 @@ def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
         return {k: [result_of(k, cell["seed"]) for cell in group] for k, group in groups.items()}
 
     monkeypatch.setattr(second, "run_groups", found)
-    monkeypatch.setattr(second, "labels_over_time", lambda study, flags, moments: {
-        step: (0.7 + (flags["seed"] - 10) / 5, 0.5) for step in moments})  # fmt: skip
+    monkeypatch.setattr(second, "labels_over_time", lambda _, flags, moments: dict.fromkeys(
+        moments, (0.7 + (flags["seed"] - 10) / 5, 0.5)))  # fmt: skip
     monkeypatch.setattr(second, "write", lambda study, name, header, rows, *_: tables.update(
         {row[0]: row[1:] for row in rows if len(row) <= len(header)}))  # fmt: skip
     tables: dict[str, list[str]] = {}
