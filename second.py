@@ -520,6 +520,6 @@ def reliable(study: Study) -> None:
     left.legend(fontsize=8)
     names = [*results["TAN"][0]["iou"]]
     right.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
-    right.set_ylabel("% of the class's pixels with a trusted label")
+    right.set_ylabel("% of its pixels with trusted label")
     right.legend(fontsize=8)
     save_figure(study, figure, f"reliable-{study.task}", results["TAN"])
