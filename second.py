@@ -42,20 +42,13 @@ from runs import (
     unknown_seeds,
     write,
 )
-from selftrain import SelftrainHyper, Trust, trust_of
+from selftrain import READ_BY, SelftrainHyper, Trust, trust_of
 from settings import Flags, configure
 from tables import step_costs
 from trust import auc, labelled_target, m_and_errors
 from tuning import on_dev
 
 Cells = list[Flags]
-
-
-# The weights that read a number; the others refuse it.
-READ_BY: dict[str, tuple[Trust, ...]] = {
-    "trusted": ("confidence", "both", "least_m"),
-    "tau": ("m", "both"),
-}
 
 
 def stage_after(study: Study, first: Cells, file: str = "", **numbers) -> Cells:

@@ -45,6 +45,11 @@ from losses import discrepancy_map
 from models import Generator
 
 Trust = Literal["confidence", "m", "both", "constant", "least_m"]
+# The weights that read a number; the others refuse it.
+READ_BY: dict[str, tuple[Trust, ...]] = {
+    "trusted": ("confidence", "both", "least_m"),
+    "tau": ("m", "both"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class SelftrainHyper(Hyper):
         if self.source_free and self.class_mix:
             raise ValueError("class_mix pastes the source in, and source_free has none: drop one")
         for name, needed, remedy in (
-            ("tau", self.trust in ("m", "both"), "trust m or both"),
-            ("trusted", self.trust not in ("m", "constant"), "trust confidence, both or least_m"),
+            ("tau", self.trust in READ_BY["tau"], "trust m or both"),
+            ("trusted", self.trust in READ_BY["trusted"], "trust confidence, both or least_m"),
             ("patches", self.masked > 0, "masked above 0"),
         ):
             if not needed and getattr(self, name) != getattr(SelftrainHyper, name):
@@ -115,9 +120,10 @@ def least_of_class(values: Tensor, labels: Tensor, share: float) -> Tensor:
     """1 for the smallest values of each label, at least this share of them, else 0. All B H W."""
     kept = torch.zeros_like(values)
     for label in labels.unique():
-        of_class = values[labels == label]
+        here = labels == label
+        of_class = values[here]
         count = max(1, ceil(share * len(of_class)))
-        kept[labels == label] = (of_class <= of_class.kthvalue(count).values).to(kept)
+        kept[here] = (of_class <= of_class.kthvalue(count).values).to(kept)
     return kept
 
 

@@ -77,7 +77,7 @@ from settings import (
     run_folder,
     short_side,
 )
-from weights import load_generator, load_weights
+from weights import LoadReport, load_generator, load_weights
 
 # One step, and the run around it.
 
@@ -272,8 +272,7 @@ def first_networks(
     G = Generator(settings.backbone, num_classes, settings.lineage, hyper.head_std)
     D = second_network(G, hyper)
     if settings.init != "none" and not resume:
-        initial = load_weights(G, settings.init, say=console.print).initial
-        check_heads(settings, hyper, [name for name in initial if name.startswith(("C1.", "C2."))])
+        check_heads(settings, hyper, load_weights(G, settings.init, say=console.print))
     if settings.merge_heads:
         merge_heads(G)
     if settings.recompute:
@@ -281,11 +280,12 @@ def first_networks(
     return devices.place(G, device), D if D is None else devices.place(D, device)
 
 
-def check_heads(settings: Settings, hyper: Hyper, initial: list[str]) -> None:
+def check_heads(settings: Settings, hyper: Hyper, report: LoadReport) -> None:
     """Raises ValueError if a second stage would begin with heads that have learnt nothing."""
-    if hyper.method == "selftrain" and hyper.adv_start == 0 and initial:
+    heads = [name for name in report.initial if name.startswith(("C1.", "C2."))]
+    if hyper.method == "selftrain" and hyper.adv_start == 0 and heads:
         raise ValueError(
-            f"{settings.init} has no weights for {', '.join(initial)}, and a second stage goes on "
+            f"{settings.init} has no weights for {', '.join(heads)}, and a second stage goes on "
             "with both heads: give --init RUN, or --adv-start N to learn the source first"
         )
 
