@@ -302,8 +302,8 @@ def second(study: Study) -> None:
     """What the second stage adds: to each start, by the weight of its labels, without source.
 
     A row has as many steps of the second stage as its start has of adaptation. On streets the
-    weights and controls are those of TAN's runs. Elsewhere M's weight and a constant one follow,
-    from the best of the three starts.
+    weights and controls are those of TAN's runs, and FDA has a second stage too. Elsewhere M's
+    weight and a constant one follow, from the best of the three starts.
     """
     firsts = {name: study.cells(**change) for name, change in MAIN.items()}
     trust = numbers_of_stage(study, firsts["TAN"][0]).trust
@@ -322,10 +322,11 @@ def second(study: Study) -> None:
         f"{name}, FDA": study.cells(**MAIN[name], fourier=FDA) for name in ("source only", "TAN")
     }
     groups |= styled
-    groups |= {
-        f"{k}, {BY[trust]}": stage_weighed_by(study, v, trust, fourier=FDA)
-        for k, v in styled.items()
-    }
+    if on_streets(study):
+        groups |= {
+            f"{k}, {BY[trust]}": stage_weighed_by(study, v, trust, fourier=FDA)
+            for k, v in styled.items()
+        }
     write_second(study, f"{start}, {BY[trust]}", with_starts(study, firsts | styled, groups))
 
 
