@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -460,7 +461,8 @@ def mean_weight(flags: Flags) -> float | None:
 def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> list[dict]:
     """The result of each cell, in order. Missing runs are made, shared warm-ups first.
 
-    checkpoints: the study reads the run folders, so a recorded result is not enough.
+    checkpoints: the study reads the run folders, so a recorded result is not enough. Raises
+    FloatingPointError if runs diverge that are no trials, when all others are made.
     """
     cells_of = {flags["out"]: flags for flags in cells}  # two groups may hold the same run
     lines, done = recorded_lines(study), done_of(study, [*cells_of.values()])
@@ -482,9 +484,13 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
         waits = donor_of.get(out, out) != out and not (donor_of[out] / BEFORE).exists()
         (rest if waits else first).append(flags)
     count = len(known)
+    lost: list[FloatingPointError] = []
     for wave in (first, rest):
         tasks = [(flags, donor_of.get(flags["out"])) for flags in wave]
         for flags, result in run_all(tasks, study.jobs, study.unpaired):
+            if isinstance(result, FloatingPointError):
+                lost.append(result)
+                continue
             count += 1
             if is_new(study, lines, flags, result):
                 record(study, flags, result)
@@ -493,6 +499,8 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
             print(
                 f"[{count}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
             )
+    if lost:
+        raise FloatingPointError(f"{len(lost)} of {len(cells_of)} runs diverged, first: {lost[0]}")
     return [known.get(flags["out"]) or result_of(flags) for flags in cells]
 
 
@@ -575,10 +583,14 @@ def run_groups(study: Study, groups: dict, checkpoints: bool = False) -> dict:
     return {name: [next(results) for _ in group] for name, group in groups.items()}
 
 
-def run_all(tasks: list, jobs: int, trials: bool = False) -> Iterator[tuple[Flags, dict]]:
-    """(flags, result) of each task as it ends. If jobs > 1, each task has its own process."""
+Outcome = dict | FloatingPointError  # a run's result, or how it diverged
+
+
+def run_all(tasks: list, jobs: int, trials: bool = False) -> Iterator[tuple[Flags, Outcome]]:
+    """(flags, outcome) of each task as it ends. If jobs > 1, each task has its own process."""
     if jobs == 1:
-        yield from ((flags, run_cell(flags, donor, None, trials)) for flags, donor in tasks)
+        for flags, donor in tasks:
+            yield flags, outcome(partial(run_cell, flags, donor, None, trials))
         return
     threads = threads_of(jobs)
     fresh = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -592,7 +604,7 @@ def run_all(tasks: list, jobs: int, trials: bool = False) -> Iterator[tuple[Flag
                     running[pool.submit(run_task, flags, donor, threads, trials)] = flags
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    yield running.pop(future), future.result()
+                    yield running.pop(future), outcome(future.result)
         except BrokenProcessPool as error:  # the pool has asked the others to end
             remedy = "run the same command again, with fewer --jobs if the memory is too small"
             raise OSError(f"a run was killed: {remedy}") from error
@@ -600,6 +612,13 @@ def run_all(tasks: list, jobs: int, trials: bool = False) -> Iterator[tuple[Flag
             for child in multiprocessing.active_children():
                 child.terminate()  # a run saves and ends at the first request
             raise
+
+
+def outcome(run: Callable[[], dict]) -> Outcome:
+    try:
+        return run()
+    except FloatingPointError as error:
+        return error
 
 
 def threads_of(jobs: int) -> int:
