@@ -84,16 +84,19 @@ class Study:
     def cell(self, seed: int, **change) -> Flags:
         """The flags of one run. Its folder is named by its method and by what `change` changes.
 
-        Flags that the method does not read are dropped. On the first seed the runs that change
+        A number that `tune` has chosen changes something too, so that names of trials last. Flags that the method does not read are dropped. On the first seed the runs that change
         nothing keep their checkpoints, for curves over training.
         """
         method = change.get("method", clan.Hyper.method)
         flags = read_by(method, self.flags | change)
         start = {k: change[k] for k in ("init",) if k in change}  # a second stage has its numbers
-        usual = all_fields(read_by(method, self.flags) | {"method": method} | start)
+        usual_flags = read_by(method, self.flags) | {"method": method} | start
+        usual, untuned = (all_fields(usual_flags, tuned) for tuned in (True, False))
         fields = all_fields(flags)
         changed = [k for k in sorted(change) if k in flags and k not in FREE | {"method"}]
-        changed = [k for k in changed if k in start or fields[k] != usual.get(k)]
+        changed = [
+            k for k in changed if k in start or not fields[k] == usual.get(k) == untuned.get(k)
+        ]
         shown = fields | {"init": name_of_init(fields["init"])}
         parts = (f"{k}{shown[k]}".replace(" ", "") for k in changed)
         name = "-".join([method, *parts])
@@ -261,9 +264,9 @@ def record(study: Study, flags: Flags, result: dict) -> None:
         file.write(json.dumps(line).encode() + b"\n")
 
 
-def all_fields(flags: Flags) -> dict:
-    """All fields of a run, as its checkpoints write them."""
-    settings, hyper = configure(flags)
+def all_fields(flags: Flags, tuned: bool = True) -> dict:
+    """All fields of a run, as its checkpoints write them. tuned: as `configure` says."""
+    settings, hyper = configure(flags, tuned)
     return json.loads(json.dumps(asdict(settings) | asdict(hyper), default=str))
 
 
@@ -377,11 +380,12 @@ def run_cell(flags: Flags, donor: Path | None, threads: int | None, trial: bool 
             try:
                 result = train.train(settings, hyper, start, Console(file=file))
             except FloatingPointError as error:
-                last = last_checkpoint(out)
-                if not (trial and last and read_metadata(last)["step"] >= hyper.adv_start):
+                found = saved(out)
+                reached = max((read_metadata(path)["step"] for path in found), default=-1)
+                if not trial or reached < hyper.adv_start:
                     raise
                 result = {"miou": 0.0, "diverged": str(error), "settings": all_fields(flags)}
-                result["checkpoint"] = str(last)
+                result["checkpoint"] = str(found[-1])
     if "miou" not in result:
         raise ValueError(f"{out}: {evaluation.no_score(result, settings.tgt)}; studies need one")
     result["seconds"] = time.monotonic() - since
@@ -471,6 +475,11 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
             record(study, cells_of[out], result)
     known = done if checkpoints else known_results(study, lines, done, [*cells_of.values()])
     missing = [flags for out, flags in cells_of.items() if out not in known]
+    if elsewhere := [out for out in done if out not in known]:
+        raise ValueError(
+            f"{elsewhere[0]} was made by {', '.join(made(done[elsewhere[0]]))}, and other runs of "
+            "its seed were not: delete it, or choose another --runs"
+        )
     if recorded := len(known.keys() - done.keys()):
         place = study.results / f"{study.task}.jsonl"
         print(f"{recorded} of {len(cells_of)} runs are recorded in {place}", flush=True)
@@ -486,7 +495,8 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     count = len(known)
     lost: list[FloatingPointError] = []
     for wave in (first, rest):
-        tasks = [(flags, donor_of.get(flags["out"])) for flags in wave]
+        by_seed = sorted(wave, key=lambda flags: flags["seed"])  # the runs of one are compared
+        tasks = [(flags, donor_of.get(flags["out"])) for flags in by_seed]
         for flags, result in run_all(tasks, study.jobs, study.unpaired):
             if isinstance(result, FloatingPointError):
                 lost.append(result)

@@ -765,6 +765,28 @@ def test_study_recorded_runs_of_a_seed_come_from_one_machine(tmp_path):
     assert answers((0, "a", 0.1), (1, "b", 0.2), (1, here, 0.3), of=trials) == [0.1, 0.3]
 
 
+def test_study_a_finished_run_is_not_passed_off_as_made_with_other_threads(scenes, tmp_path):
+    """It would be scored again, and recorded as of this machine and these threads."""
+    found = study.parse(["tune", *CELLS, "--runs", str(tmp_path)])["tune"]
+    cells = [found.cell(10, method=method) for method in ("tan", "source")]
+    runs.run_cells(found, cells[:1])
+    file = cells[0]["out"] / runs.RESULT
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"threads": 99}))
+    shutil.rmtree(found.results)
+    with pytest.raises(ValueError, match=r"tan-seed10 was made by .*, 99, .*: delete it, or"):
+        runs.run_cells(found, cells)
+    assert len(runs.run_cells(replace(found, unpaired=True), cells)) == 2, "trials need no pairs"
+
+
+def test_study_names_of_trials_last_when_their_choice_becomes_the_default(monkeypatch, tmp_path):
+    found = study.parse(["tune", "--runs", str(tmp_path)])["tune"]
+    first = [found.cell(10, method="mcd", lambda_dis=x)["out"].name for x in (1.0, 3.0)]
+    assert first == ["mcd-seed10", "mcd-lambda_dis3.0-seed10"]
+    monkeypatch.setitem(settings.TUNED, ("tiny", "mcd"), {"lambda_dis": 3.0})
+    again = [found.cell(10, method="mcd", lambda_dis=x)["out"].name for x in (1.0, 3.0)]
+    assert again == ["mcd-lambda_dis1.0-seed10", "mcd-lambda_dis3.0-seed10"], "no name for two"
+
+
 def test_study_a_run_made_with_settings_that_changed_meanwhile_is_not_recorded(tmp_path):
     asked = study.parse(["table", "--results", str(tmp_path)])["table"]
     cell = asked.cell(0, method="tan")
@@ -887,6 +909,15 @@ def test_study_a_trial_that_diverges_counts_as_0_and_is_recorded(monkeypatch, sc
         assert other["miou"] > 0 and "diverged" not in other
         assert {"seg", "adv", "grad"} <= start["terms"].keys() & other["terms"].keys()
     assert runs.run_cells(found, cells[1:]) == [other], "a recorded result"
+
+
+def test_study_a_trial_that_diverges_after_its_own_warm_up_counts_as_0(scenes, tmp_path):
+    """Its folder holds an older checkpoint than that of adv_start, too."""
+    found = study.parse(["tune", *CELLS, "--runs", str(tmp_path)])["tune"]
+    steps = {"steps": 6, "adv_start": 3, "save_every": 2}
+    cell = found.cell(10, method="tan", lambda_adv=1e38, **steps)
+    (result,) = runs.run_cells(replace(found, unpaired=True), [cell])
+    assert result["miou"] == 0 and "not finite" in result["diverged"]
 
 
 def test_study_any_method_that_adapts_gives_its_warm_up_to_the_others(tmp_path):
