@@ -24,6 +24,7 @@ from baselines import (
     Images,
     State,
     ensemble,
+    labelled_loss,
     over_processes,
     source_loss,
     target_images,
@@ -114,15 +115,15 @@ class CycadaHyper(Hyper):
     """Of CyCADA."""
 
     gate: float = 0.6  # G moves while D's mean accuracy is above it (its code: 0.6)
-    gate_steps: int = 100  # the steps over which this mean is taken (its code: 100)
+    gate_window: float = 0.01  # this mean's share of the adaptation (its code: 100 steps)
     d_width: int = 512  # channels of D's first layer, twice those of its second (its code: 512)
     d_dropout: float = 0.5  # share of D's channels that are dropped (its code: 0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pixel_d(self.d_width, self.d_dropout)
-        if self.gate_steps < 1 or not 0 <= self.gate < 1:
-            raise ValueError("gate_steps must be at least 1, and gate in [0, 1)")
+        if not 0 < self.gate_window <= 1 or not 0 <= self.gate < 1:
+            raise ValueError("gate_window must be in (0, 1], and gate in [0, 1)")
 
 
 ADVERSARIAL_RATES = ("lambda_adv", (0.003, 0.0125, 0.05, 0.2))
@@ -138,6 +139,7 @@ def cycada_step(
 ) -> tuple[Tensor, Terms, Predictions | None]:
     """Source only + lambda_adv * Eq. 2 of the target's logits, each pixel by itself.
 
+    `moved`: in what share of the steps of adaptation so far G has moved.
     Differs: the two losses of G are one sum (the original: two steps), and G's step comes first.
     """
     logits = G(batch.source)
@@ -147,13 +149,20 @@ def cycada_step(
     source = ensemble(logits, batch.labels.shape[-2:]).detach()
     target = ensemble(G(target_images(batch)), batch.target_size)
     l_adv = adversarial_loss(without_gradient(D)(target), is_source=True)
-    terms["adv"] = l_adv.detach()
+    moved = state["moves"] / state["known"].clamp(min=1)
+    terms |= {"adv": l_adv.detach(), "moved": moved.to(l_adv.device)}
     return loss + hyper.lambda_adv * l_adv, terms, Predictions(source, target.detach(), None)
 
 
+LEAST_STEPS = 5  # of a mean of D's accuracies
+
+
 def first_accuracies(G: Generator, hyper: CycadaHyper) -> State:
-    """D's accuracies in the last steps, the newest at the end; how many are known."""
-    return {"accuracies": torch.zeros(hyper.gate_steps), "known": torch.zeros(())}
+    """D's accuracies in the last steps, the newest at the end; how many have been known in all, and
+    in how many of these steps G moved.
+    """
+    steps = max(LEAST_STEPS, round(hyper.gate_window * (hyper.steps - hyper.adv_start)))
+    return {"accuracies": torch.zeros(steps), "known": torch.zeros(()), "moves": torch.zeros(())}
 
 
 def next_accuracies(state: State, G: Generator, terms: Terms, hyper: CycadaHyper) -> State:
@@ -161,13 +170,19 @@ def next_accuracies(state: State, G: Generator, terms: Terms, hyper: CycadaHyper
         return {}
     both = over_processes(torch.stack([terms["d_acc"].cpu(), torch.ones(())]))
     accuracies = torch.cat([state["accuracies"][1:], both[:1] / both[1]])
-    return {"accuracies": accuracies, "known": (state["known"] + 1).clamp(max=hyper.gate_steps)}
+    moves = state["moves"] + d_is_ready(state, hyper)
+    return {"accuracies": accuracies, "known": state["known"] + 1, "moves": moves}
+
+
+def d_is_ready(state: State, hyper: CycadaHyper) -> bool:
+    """Whether D's mean accuracy in the last steps is above the gate. Before its first it is not."""
+    known = min(int(state["known"]), len(state["accuracies"]))
+    return bool(known and state["accuracies"][-known:].mean() > hyper.gate)
 
 
 def gate_is_open(state: State, phase: Phase, hyper: CycadaHyper) -> bool:
-    """Whether G moves in this step. Before D's first step it does not."""
-    known = int(state["known"])
-    return not phase.adversarial or bool(known and state["accuracies"][-known:].mean() > hyper.gate)
+    """Whether G moves in this step."""
+    return not phase.adversarial or d_is_ready(state, hyper)
 
 
 # FCNs in the wild (Hoffman et al., 2016): features that D cannot tell apart, and class sizes of the
@@ -504,13 +519,13 @@ def cda_step(
     if not phase.adversarial:
         return loss, terms, None
     f_target = G.features(target_images(batch))
-    logits = ensemble(heads(G, f_target), batch.target_size)
+    logits = heads(G, f_target)
+    p = ensemble(logits, batch.target_size).softmax(dim=1)
     with torch.no_grad():
         whole, cells = easy(last(f_target).detach())
-        labels = landmark_labels(cells, hyper.landmarks, logits.shape[-2:])
-    wanted = whole.softmax(dim=1)
-    l_layout = label_distribution_loss(logits.softmax(dim=1), wanted, hyper.sharpness)
-    l_landmark = segmentation_loss(logits, labels, gamma=hyper.gamma)
+        labels = landmark_labels(cells, hyper.landmarks, p.shape[-2:])
+    l_layout = label_distribution_loss(p, whole.softmax(dim=1), hyper.sharpness)
+    l_landmark = labelled_loss(logits, labels, hyper)
     terms |= {"layout": l_layout.detach(), "landmark": l_landmark.detach()}
     guide = hyper.lambda_layout * l_layout + hyper.lambda_landmark * l_landmark
     loss = loss + state["begun"].to(guide) * guide

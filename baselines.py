@@ -20,6 +20,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,24 @@ def target_images(batch: Batch) -> Tensor:
 def ensemble(logits: Logits, size: tuple[int, int] | torch.Size | None) -> Tensor:
     """Both heads' B C h w to the logits of the ensemble, B C H W."""
     return upsample(logits[0] + logits[1], size or logits[0].shape[-2:])
+
+
+def over_heads(
+    loss: Callable[[Tensor], Tensor],
+    logits: Logits,
+    size: tuple[int, int] | torch.Size,
+    hyper: Hyper,
+) -> Tensor:
+    """A loss of B C H W logits as seg_heads says: of the ensemble, or the sum of each head's."""
+    if hyper.seg_heads == "ensemble":
+        return loss(ensemble(logits, size))
+    return loss(upsample(logits[0], size)) + loss(upsample(logits[1], size))
+
+
+def labelled_loss(logits: Logits, labels: Tensor, hyper: Hyper) -> Tensor:
+    """Eq. 3 on labels of the target, B H W."""
+    loss = partial(segmentation_loss, labels=labels, gamma=hyper.gamma)
+    return over_heads(loss, logits, labels.shape[-2:], hyper)
 
 
 # CLAN from the warm-up that all others share.
@@ -174,7 +193,7 @@ def classifier_discrepancy(p1: Tensor, p2: Tensor) -> Tensor:
 class McdHyper(Hyper):
     """Of MCD."""
 
-    lambda_dis: float = 1.0  # weight of the discrepancy on the target (its code: 1)
+    lambda_dis: float = 1.0  # weight of the discrepancy in B and C (its code: 1, of C alone)
     mcd_steps: int = 4  # how often E learns from one batch, step C (paper: 2 to 4; its code: 4)
 
     def __post_init__(self) -> None:
@@ -369,10 +388,11 @@ def over_processes(x: Tensor) -> Tensor:
 def self_training_step(
     G: Generator, D: None, batch: Batch, phase: Phase, hyper: SelfTrainingHyper, state: State
 ) -> tuple[Tensor, Terms, None]:
-    """Source only + lambda_st * CE of the target's pseudo-labels.
+    """Source only + lambda_st * CE of the target's pseudo-labels, both as seg_heads says.
 
     Differs: each loss is a mean over its own labelled pixels (the original: one mean of both); no
-    mining of rare classes, no spatial prior, no choice of images; labels from one scale.
+    mining of rare classes, no spatial prior, no choice of images; labels from one scale, and of
+    the pixels that G learns from, with no scale, crop or mirror of its own.
     """
     loss, terms = source_loss(G(batch.source), batch, phase, hyper)
     if not phase.adversarial:
@@ -382,7 +402,7 @@ def self_training_step(
     with torch.no_grad(), evaluating(G):
         logits = torch.func.functional_call(G, labeller, (images,))
         labels = pseudo_labels(ensemble(logits, size).softmax(dim=1), state["thresholds"])
-    l_st = segmentation_loss(ensemble(G(images), size), labels, gamma=hyper.gamma)
+    l_st = labelled_loss(G(images), labels, hyper)
     terms |= {"st": l_st.detach(), "kept": (labels != 255).float().mean()}
     return loss + hyper.lambda_st * l_st, terms, None
 

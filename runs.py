@@ -84,7 +84,8 @@ class Study:
     def cell(self, seed: int, **change) -> Flags:
         """The flags of one run. Its folder is named by its method and by what `change` changes.
 
-        A number that `tune` has chosen changes something too, so that names of trials last. Flags that the method does not read are dropped. On the first seed the runs that change
+        A number that `tune` has chosen changes something too, so that the names of trials last.
+        Flags that the method does not read are dropped. On the first seed the runs that change
         nothing keep their checkpoints, for curves over training.
         """
         method = change.get("method", clan.Hyper.method)

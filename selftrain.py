@@ -23,6 +23,7 @@ Shapes: B images, C classes, H W label grid.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Literal
 
@@ -37,6 +38,7 @@ from baselines import (
     confidence_counts,
     ensemble,
     evaluating,
+    over_heads,
     source_loss,
     target_images,
 )
@@ -332,8 +334,5 @@ def selftrain_step(
 
 def target_loss(logits: Logits, labels: Tensor, weight: Tensor, hyper: Hyper) -> Tensor:
     """`weighted_loss` of the ensemble or of each head, B C h w."""
-    size = labels.shape[-2:]
-    if hyper.seg_heads == "ensemble":
-        return weighted_loss(ensemble(logits, size), labels, weight)
-    loss_1, loss_2 = (weighted_loss(upsample(x, size), labels, weight) for x in logits)
-    return loss_1 + loss_2
+    loss = partial(weighted_loss, labels=labels, weight=weight)
+    return over_heads(loss, logits, labels.shape[-2:], hyper)

@@ -155,6 +155,21 @@ OF_BOTH: dict[tuple[str, str], Flags] = {
 # What `study.py tune` has chosen, by backbone and method.
 TUNED: dict[tuple[str, str], Flags] = {}
 
+
+def chosen_numbers(backbone: str, method: str) -> Flags:
+    """Those of TUNED. lite0 has tiny's, and weights of an adversary in proportion to lambda_adv.
+
+    Photographs have no labels to choose by, and on streets lite0 gains too little to choose.
+    """
+    if backbone != "lite0" or (backbone, method) in TUNED:
+        return TUNED.get((backbone, method), {})
+    ratio = OF_BACKBONE["lite0"]["lambda_adv"] / OF_BACKBONE["tiny"]["lambda_adv"]
+    found = TUNED.get(("tiny", method), {})
+    return {k: ratio * v if k in OF_ADVERSARY else v for k, v in found.items()}
+
+
+OF_ADVERSARY = {"lambda_adv", "lambda_adv_aux", "lambda_class"}
+
 # Of a second stage that goes on with another run. tiny's numbers are by `study.py trials`. lite0
 # has fewer steps, and a teacher that keeps as little of its start as tiny's. With larger backbones
 # the fields have their defaults. Neither was tried out.
@@ -276,7 +291,7 @@ def configure(flags: Flags, tuned: bool = True) -> tuple[Settings, clan.Hyper]:
     both = (settings.backbone, name)
     numbers |= OF_METHOD.get(name, {}) | OF_BOTH.get(both, {})
     numbers |= OF_SMALL.get(name, {}) if settings.backbone in OF_BACKBONE else {}
-    numbers |= TUNED.get(both, {}) if tuned else {}
+    numbers |= chosen_numbers(*both) if tuned else {}
     if flags.get("method") == "selftrain" and settings.init not in ("none", "imagenet"):
         numbers |= SECOND_STAGE.get(settings.backbone, {"adv_start": 0})
         numbers["class_mix"] = numbers.get("class_mix", False) and not flags.get("source_free")

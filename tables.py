@@ -32,7 +32,7 @@ from runs import (
     t_interval,
     write,
 )
-from settings import SECOND_STAGE, Flags, Settings, configure
+from settings import SECOND_STAGE, Flags, Settings, chosen_numbers, configure
 
 COMPARED = ("source", "tan", "clan")  # unless --methods says others
 
@@ -69,6 +69,15 @@ def eight_trial_groups(study: Study) -> dict[str, list[Flags]]:
     }
 
 
+def not_tuned(study: Study) -> list[str]:
+    """Methods of the table of all systems whose numbers `study.py tune` has not chosen yet."""
+    if set(study.methods) <= {*COMPARED}:
+        return []
+    backbone = study.shared[0].backbone
+    missing = [m for m in study.methods if METHODS[m].tuned and not chosen_numbers(backbone, m)]
+    return [METHODS[m].label for m in missing if (backbone, m) not in BY_EIGHT_TRIALS]
+
+
 def by_eight_trials(method: str) -> str:
     return f"{METHODS[method].label}, by eight trials"
 
@@ -80,6 +89,8 @@ def table_1_and_2(study: Study) -> None:
     """
     groups = method_groups(study)
     eight = eight_trial_groups(study)
+    if names := not_tuned(study):
+        print(f"not tuned, so with their first numbers: {', '.join(names)}", flush=True)
     all_results = run_groups(study, groups | bound_groups(study) | eight)
     results = {method: all_results[method] for method in groups}
     bound = all_results.get(BOUND)
@@ -163,6 +174,7 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
         lost = [lost_classes(*both) for both in zip(group, source, strict=True)]
         rows.append([
             label_of(name) + " †" * (not any(papers[method])),
+            numbers_of(method, group[0]["settings"]),
             mean_and_deviation(map(miou, group)),
             gain,
             mean_and_deviation(rare),
@@ -170,9 +182,11 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
             *costs.get(method, ("not measured", "not measured")),
             *papers[method],
         ])  # fmt: skip
-    header = ["method", "mIoU", "gain over source only", "infrequent", "classes lost"]
+    header = ["method", "numbers", "mIoU", "gain over source only", "infrequent", "classes lost"]
     header += ["time a step", "memory", "paper, GTA5", "paper, SYNTHIA"]
     note = (
+        "Numbers: those that were tuned. The grid of TAN, CLAN, AdvEnt and multi level is finer, "
+        "around values that were known to be good for TAN. "
         "Target mIoU in %, last checkpoint, mean ± standard deviation over seeds; the gain; mean "
         "IoU of the infrequent classes "
         f"({', '.join(INFREQUENT)}); how many classes end more than 2 points below source only. "
@@ -185,8 +199,16 @@ def systems(study: Study, results: dict[str, list[dict]]) -> None:
         "ours. * The paper prints 36.1 for CBST on SYNTHIA. Its 13 classes average 40.7. "
         f"{INTERVALS}"
     )
+    if names := not_tuned(study):
+        note += f" Not tuned, so with their first numbers: {', '.join(names)}."
     write(study, f"systems-{study.task}", header, rows, note, results)
     draw_gains(study, results)
+
+
+def numbers_of(method: str, settings: dict) -> str:
+    """The values of a method's two tuned numbers in a run."""
+    names = dict.fromkeys(name for name, _ in METHODS[method].tuned)
+    return ", ".join(f"{name} {settings[name]:g}" for name in names)
 
 
 def label_of(name: str) -> str:

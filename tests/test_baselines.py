@@ -212,6 +212,7 @@ def test_alignment_confusion_is_cross_entropy_against_a_half():
     wanted = np.mean([-(math.log(q) + math.log(1 - q)) / 2 for q in source])
     assert alignment.confusion_loss(d).item() == pytest.approx(wanted)
     assert alignment.confusion_loss(torch.zeros(1)).item() == pytest.approx(math.log(2))
+    assert gradcheck(alignment.confusion_loss, d.requires_grad_())
 
 
 def test_alignment_cell_labels_and_class_wise_losses_are_those_of_loops():
@@ -233,6 +234,9 @@ def test_alignment_cell_labels_and_class_wise_losses_are_those_of_loops():
     assert alignment.class_domain_loss(d, cells, True).item() == pytest.approx(wanted, rel=1e-5)
     flipped = alignment.class_domain_loss(-d, cells, False)
     assert flipped.item() == pytest.approx(wanted, rel=1e-5)
+    for is_source in (True, False):
+        inputs = d.double().requires_grad_(), cells.double(), is_source
+        assert gradcheck(alignment.class_domain_loss, inputs)
 
 
 def test_alignment_each_output_of_the_pixel_d_is_a_d_by_itself():
@@ -258,6 +262,9 @@ def test_alignment_the_label_distribution_loss_is_that_of_a_loop():
         total -= (wanted[b].numpy() * np.log(counts / counts.sum())).sum()
     found = alignment.label_distribution_loss(p, wanted, 3.0)
     assert found.item() == pytest.approx(total / 2)
+    z = p.log().requires_grad_()
+    loss = alignment.label_distribution_loss
+    assert gradcheck(lambda z: loss(z.softmax(dim=1), wanted, 3.0), z)
     one_hot = torch.eye(4)[torch.randint(0, 4, (1, 5, 6), generator=seeded())].permute(0, 3, 1, 2)
     histogram = alignment.soft_histogram(one_hot, 5.0)[0]
     torch.testing.assert_close(histogram, one_hot.mean(dim=(0, 2, 3)))
@@ -275,15 +282,17 @@ def test_alignment_landmarks_are_the_surest_cells():
 
 
 def test_alignment_the_gate_opens_when_the_mean_accuracy_is_above_it():
-    _, hyper = configure({"method": "cycada", "gate_steps": 3, "gate": 0.6})
+    _, hyper = configure({"method": "cycada", "gate": 0.6})
     state = alignment.first_accuracies(None, hyper)
+    assert len(state["accuracies"]) == 5, "a share of .01 of the 500 steps of adaptation"
     phase = clan.phase_at(hyper.steps - 1, hyper)
     before = clan.phase_at(0, hyper)
     seen = []
-    for accuracy in (0.5, 0.9, 0.9, 0.1, 0.1):
+    for accuracy in (0.0, 0.0, 0.9, 0.9, 0.9, 0.7, 0.1, 0.1):
         state |= alignment.next_accuracies(state, None, {"d_acc": torch.tensor(accuracy)}, hyper)
         seen.append(alignment.gate_is_open(state, phase, hyper))
-    assert seen == [False, True, True, True, False]  # means .5, .7, .77, .63, .37
+    assert seen == [False] * 5 + [True, True, False]  # the last means: .54, .68, .7, .54
+    assert (int(state["known"]), int(state["moves"])) == (8, 2)
     assert alignment.gate_is_open(state, before, hyper), "the warm-up is not held"
     assert not alignment.gate_is_open(alignment.first_accuracies(None, hyper), phase, hyper)
 
@@ -333,6 +342,23 @@ def ready(name: str):
     if "begun" in state:
         state["begun"] = torch.ones(())
     return G, D, batch, clan.phase_at(hyper.adv_start, hyper), hyper, state
+
+
+@pytest.mark.parametrize("heads", ["ensemble", "each"])
+def test_baselines_pseudo_labels_are_learnt_as_the_sources_labels_are(heads):
+    """By the ensemble or by each head. Of the ensemble alone sure pixels have hardly a gradient."""
+    G, D, batch, phase, hyper, state = ready("st")
+    hyper = replace(hyper, seg_heads=heads)
+    state["thresholds"] = torch.full((19,), 1e-4)  # all pixels
+    with torch.no_grad(), baselines.evaluating(G):
+        labels = clan.upsample(sum(G(batch.target)), (32, 64)).argmax(dim=1)
+    loss, terms, _ = baselines.self_training_step(G, D, batch, phase, hyper, state)
+    logits = [clan.upsample(x, (32, 64)) for x in G(batch.target)]
+    of_each = sum(torch.nn.functional.cross_entropy(x, labels) for x in logits)
+    of_both = torch.nn.functional.cross_entropy(sum(logits), labels)
+    assert terms["st"].item() == pytest.approx((of_each if heads == "each" else of_both).item())
+    assert terms["kept"] == 1 and abs(of_each - of_both) > 0.1
+    assert loss.item() == pytest.approx((terms["seg"] + hyper.lambda_st * terms["st"]).item())
 
 
 def learning(G, D) -> set[str]:
@@ -388,7 +414,7 @@ def test_baselines_the_warm_up_is_that_of_source_only(name, seg_heads):
 # Whole runs at 32x64.
 
 FLAGS = f"{SIZES} --steps 8 --adv-start 4 --save-every 1 --keep 99".split()
-OWN = {"cbst": ["--rounds", "2"], "st": ["--rounds", "2"], "cycada": ["--gate-steps", "2"]}
+OWN = {"cbst": ["--rounds", "2"], "st": ["--rounds", "2"]}
 
 
 def flags_of(name: str, *more: str) -> list[str]:
@@ -522,8 +548,11 @@ def test_baselines_two_processes_count_the_confidences_of_both(tmp_path):
     assert len(set(a.tolist())) > 2 and apart <= 0.05, "two bins"
 
 
-def error_of_bfloat16(name: str) -> float:
-    """How far autocast moves E's gradient in G's step, of its size; the losses move by 2 %."""
+def error_of_bfloat16(name: str, later: int | None = None) -> float:
+    """How far autocast moves E's gradient in G's step, of its size; the losses move by 2 %.
+
+    later: the number of a later step instead; of one that E does not learn in, the heads' gradient.
+    """
     G, D, batch, phase, hyper, state = ready(name)
     if D is not None:
         D.eval()  # no dropout
@@ -531,8 +560,12 @@ def error_of_bfloat16(name: str) -> float:
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             more = (state,) if METHODS[name].first_state else ()
-            loss, terms, _ = METHODS[name].g_step(G, D, batch, phase, hyper, *more)
-        gradient = torch.autograd.grad(loss, list(G.E.parameters()))
+            if later is None:
+                loss, terms, _ = METHODS[name].g_step(G, D, batch, phase, hyper, *more)
+            else:
+                loss, terms = METHODS[name].later_steps(hyper)[later](G, batch, phase, hyper)
+        heads = [*G.C1.parameters(), *G.C2.parameters()]
+        gradient = torch.autograd.grad(loss, heads if later == 0 else list(G.E.parameters()))
         found.append((terms, torch.cat([x.flatten() for x in gradient])))
     (terms, exact), (rounded, near) = found
     for key in terms:
@@ -543,6 +576,11 @@ def error_of_bfloat16(name: str) -> float:
 @pytest.mark.parametrize("name", OTHERS)
 def test_baselines_bfloat16_moves_a_gradient_hardly_more_than_that_of_clan(name):
     assert error_of_bfloat16(name) < 1.5 * error_of_bfloat16("clan")
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_baselines_bfloat16_moves_the_gradients_of_mcds_later_steps_as_little(later):
+    assert error_of_bfloat16("mcd", later) < 1.5 * error_of_bfloat16("clan")
 
 
 @pytest.mark.slow
@@ -568,6 +606,18 @@ def test_baselines_a_nan_of_its_own_is_named(name, few, tmp_path, monkeypatch):
 
     monkeypatch.setitem(METHODS, name, replace(method, g_step=spoilt, later_steps=lambda hyper: ()))
     assert f"{term} is not finite at step 5" in run_error(*flags_of(name, "--out", str(tmp_path)))
+
+
+def test_baselines_a_nan_of_mcds_later_steps_is_named(few, tmp_path, monkeypatch):
+    method = METHODS["mcd"]
+
+    def spoilt(G, batch, phase, hyper):
+        loss, terms = baselines.mcd_heads(G, batch, phase, hyper)
+        return loss, {"dis_heads": terms["dis_heads"] * math.nan}
+
+    monkeypatch.setitem(METHODS, "mcd", replace(method, later_steps=lambda hyper: (spoilt,)))
+    error = run_error(*flags_of("mcd", "--out", str(tmp_path)))
+    assert "dis_heads is not finite at step 5" in error
 
 
 def test_baselines_numbers_of_one_method_are_refused_for_others():

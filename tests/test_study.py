@@ -436,7 +436,7 @@ def test_study_table_of_all_systems_has_gains_costs_and_the_papers_numbers(monke
         score = 0.3 + points + flags["seed"] / 100
         iou = {"road": score, "pole": score, "wall": 0.1 if method == "cbst" else score}
         found = {"miou": score, "iou": iou, "commit": "c", "machine": "m", "seconds": 1.0}
-        return found | {"checkpoint": str(flags["out"]), "settings": {"seed": flags["seed"]}}
+        return found | {"checkpoint": str(flags["out"]), "settings": runs.all_fields(flags)}
 
     def run_groups(study_, groups):
         known = {name: name for name in ("source", "tan", "clan", "cbst")}
@@ -460,6 +460,10 @@ def test_study_table_of_all_systems_has_gains_costs_and_the_papers_numbers(monke
     assert rows["TAN"]["memory"] == "not measured", "with these numbers"
     assert rows["CBST"]["paper, SYNTHIA"] == "40.7 * (26.2)", "36.1 is printed"
     assert rows["TAN"]["paper, GTA5"] == "35.0 (17.9)"
+    assert (
+        rows["CBST"]["numbers"] == "portion 0.2, lambda_st 1" and not rows["source only"]["numbers"]
+    )
+    assert "with their first numbers: TAN, CLAN, CBST." in content["notes"][0]
     assert Image.open(tmp_path / f"systems-{TASK}.png").size[0] > 300
     monkeypatch.setattr(
         tables, "BY_EIGHT_TRIALS", {("tiny", "tan"): {"lr_d": 3e-4}, ("tiny", "clan"): {}}
@@ -467,6 +471,7 @@ def test_study_table_of_all_systems_has_gains_costs_and_the_papers_numbers(monke
     study.main([*flags, "--methods", "source,tan,clan,cbst"])
     content = json.loads((tmp_path / f"systems-{TASK}.json").read_text())
     rows = {row[0]: dict(zip(content["header"], row, strict=True)) for row in content["rows"]}
+    assert "with their first numbers: CBST." in content["notes"][0]
     assert rows["TAN, by eight trials"]["gain over source only"] == "+0.0 [+0.0, +0.0]"
     assert "CLAN, by eight trials" in rows, "also where they chose the default"
     assert rows["TAN, by eight trials"]["paper, GTA5"] == "35.0 (17.9)" and "TAN" in rows
@@ -1016,6 +1021,17 @@ def test_study_what_tune_chose_stands_over_what_a_small_network_has(monkeypatch)
     monkeypatch.setitem(settings.TUNED, ("tiny", "cycada"), {"lambda_adv": 0.2})
     found = configure({"method": "cycada"})[1]
     assert (found.lambda_adv, found.d_width, found.lr_d) == (0.2, 64, 1e-3)
+
+
+def test_study_lite0_has_tinys_numbers_and_an_adversary_in_proportion(monkeypatch):
+    monkeypatch.setitem(
+        settings.TUNED, ("tiny", "cross_city"), {"lambda_class": 0.02, "lr_d": 3e-3}
+    )
+    found = configure({"method": "cross_city", "backbone": "lite0"})[1]
+    assert (found.lambda_class, found.lr_d, found.lambda_adv) == (pytest.approx(0.002), 3e-3, 0.005)
+    monkeypatch.setitem(settings.TUNED, ("lite0", "cross_city"), {"lambda_class": 0.5})
+    assert configure({"method": "cross_city", "backbone": "lite0"})[1].lambda_class == 0.5
+    assert configure({"method": "cross_city", "backbone": "r101"})[1].lr_d != 3e-3
 
 
 def test_study_each_method_names_two_numbers_of_its_own_with_four_values_each():
