@@ -498,14 +498,14 @@ def run_cells(study: Study, cells: list[Flags], checkpoints: bool = False) -> li
     for wave in (first, rest):
         by_seed = sorted(wave, key=lambda flags: flags["seed"])  # the runs of one are compared
         tasks = [(flags, donor_of.get(flags["out"])) for flags in by_seed]
-        for flags, result in run_all(tasks, study.jobs, study.unpaired):
-            if isinstance(result, FloatingPointError):
-                lost.append(result)
+        for flags, ended in run_all(tasks, study.jobs, study.unpaired):
+            if isinstance(ended, FloatingPointError):
+                lost.append(ended)
                 continue
             count += 1
-            if is_new(study, lines, flags, result):
-                record(study, flags, result)
-            score, seconds = 100 * result["miou"], result["seconds"]
+            if is_new(study, lines, flags, ended):
+                record(study, flags, ended)
+            score, seconds = 100 * ended["miou"], ended["seconds"]
             name = flags["out"].name
             print(
                 f"[{count}/{len(cells_of)}] {name}: mIoU {score:.1f} ({seconds:.0f} s)", flush=True
