@@ -4,7 +4,7 @@
     python study.py fourier --jobs 2    # on dev: FDA's beta
     python study.py signs --jobs 2      # M and confidence against wrong labels of the teacher
     python study.py second --jobs 2     # starts, weights of the labels, controls
-    python study.py reliable            # a figure: how many labels are right, the surest first
+    python study.py reliable            # how many labels are right, the surest first
 
 Each stage goes on with a finished run (--method selftrain --init RUN), and takes as many steps as
 that run's adaptation. The result is the teacher of the last step.
@@ -51,16 +51,16 @@ from tuning import on_dev
 Cells = list[Flags]
 
 
-def stage_after(study: Study, first: Cells, file: str = "", **numbers) -> Cells:
-    """The second stages that go on with runs of a first, one a seed. numbers: what they change.
+def stage_after(study: Study, firsts: Cells, file: str = "", **numbers) -> Cells:
+    """The second stages that go on with these runs, one a seed. numbers: what they change.
 
     Each takes as many steps as adaptation did, and keeps its checkpoints, five in these steps.
     --trusted and --tau of the study hold for the weights that read them. file: a checkpoint of the
     first runs; else they are complete.
     """
-    _, hyper = configure(first[0])
+    _, hyper = configure(firsts[0])
     length = hyper.steps - hyper.adv_start
-    study.starts.update({str(flags["out"] / file): flags for flags in first})
+    study.starts.update({str(flags["out"] / file): flags for flags in firsts})
     change: Flags = {"steps": length, "save_every": max(1, length // 5), "keep": 99} | numbers
     trust = (study.flags | change).get("trust", SelftrainHyper.trust)
     read = {k for k, weights in READ_BY.items() if trust in weights}
@@ -69,21 +69,21 @@ def stage_after(study: Study, first: Cells, file: str = "", **numbers) -> Cells:
     of_stage = replace(study, flags=rest)
     return [
         of_stage.cell(flags["seed"], method="selftrain", init=str(flags["out"] / file), **change)
-        for flags in first
+        for flags in firsts
     ]
 
 
-def stage_weighed_by(study: Study, first: Cells, trust: Trust, **numbers) -> Cells:
+def stage_weighed_by(study: Study, firsts: Cells, trust: Trust, **numbers) -> Cells:
     """`stage_after` with this weight of the labels. The tau of M is --tau, or `start_tau`."""
     if trust in READ_BY["tau"] and "tau" not in study.flags:
-        run_cells(study, first[:1], checkpoints=True)
-        numbers["tau"] = start_tau(study, first[0])
-    return stage_after(study, first, trust=trust, **numbers)
+        run_cells(study, firsts[:1], checkpoints=True)
+        numbers["tau"] = start_tau(study, firsts[0])
+    return stage_after(study, firsts, trust=trust, **numbers)
 
 
-def numbers_of_stage(study: Study, first: Flags) -> SelftrainHyper:
+def numbers_of_stage(study: Study, flags: Flags) -> SelftrainHyper:
     """The numbers of the second stage after a run, as the study's flags say."""
-    hyper: Any = configure(stage_after(study, [first])[0])[1]
+    hyper: Any = configure(stage_after(study, [flags])[0])[1]
     return hyper
 
 
@@ -327,7 +327,7 @@ def second(study: Study) -> None:
             f"{k}, {BY[trust]}": stage_weighed_by(study, v, trust, fourier=FDA)
             for k, v in styled.items()
         }
-    write_second(study, f"{start}, {BY[trust]}", with_starts(study, firsts | styled, groups))
+    write_second(study, start, BY[trust], with_starts(study, firsts | styled, groups))
 
 
 def with_starts(
@@ -372,8 +372,10 @@ def controls(
     }
 
 
-def write_second(study: Study, usual: str, results: dict[str, list[dict]]) -> None:
-    rows = []
+def write_second(study: Study, start_of_all: str, by: str, results: dict[str, list[dict]]) -> None:
+    """The table: a row for each of `results`. by: the weight of the row that others are held
+    against, which goes on with `start_of_all`."""
+    rows, usual = [], f"{start_of_all}, {by}"
     taus = {f"{x['settings']['tau']:g}" for group in results.values() for x in group
             if x["settings"].get("trust") in READ_BY["tau"]}  # fmt: skip
     starts = [name for name, group in results.items() if "student" not in group[0]]
@@ -386,16 +388,21 @@ def write_second(study: Study, usual: str, results: dict[str, list[dict]]) -> No
         weight = f"{np.mean(kept):.2f}" if kept else ""
         rows.append([name, mean_and_deviation(map(miou, group)), gain, apart,
                      mean_and_deviation(students), weight])  # fmt: skip
+    fitted = (
+        ", as given"
+        if "tau" in study.flags
+        else ": with it the mean of exp(-M / tau) is the share that counts by confidence, on "
+        f"{start_of_all}'s first seed before the stage"
+    )
     header = ["start, weight of the labels", "mIoU", "minus the start alone", f"minus {usual}"]
     header += ["student", "mean weight"]
     note = (
         "Target mIoU in %, mean ± deviation over seeds: of the teacher at the last step, and of "
-        f"the student; paired differences. {INTERVALS} All settings were chosen on streets' dev, "
-        "with TAN's runs and labels weighed by confidence, and for no other row. The loss divides "
-        "by the sum of the weights; their mean over the stage is the last column. "
-        f"tau is {', '.join(sorted(taus))}: with it the mean of exp(-M / tau) is the share that "
-        "counts by confidence, on TAN's first seed before the stage. FDA styles "
-        "the source from the first step on. "
+        f"the student; paired differences. {INTERVALS} The stage's numbers were chosen on streets' "
+        "dev with tiny, TAN's runs and labels weighed by confidence, and for no other row. The "
+        "loss divides by the sum of the weights. Their mean over the last fifth of the stage is "
+        f"the last column. tau is {', '.join(sorted(taus))}{fitted}. FDA styles the source from "
+        "the first step on. "
     )
     write(study, f"second-{study.task}", header, rows, note + cost_of_a_step(study), results)
 
@@ -443,14 +450,14 @@ def styled_image(flags: Flags) -> Figure:
     return figure
 
 
-def start_tau(study: Study, first: Flags) -> float:
+def start_tau(study: Study, flags: Flags) -> float:
     """The tau with which M's mean weight is that of confidence, on a network before the stage.
 
     Over all pixels of training images of the target. No label is read.
     """
-    hyper: Any = configure(stage_after(study, [first], trust="confidence")[0])[1]
-    G = load(newest_checkpoint(first["out"]), device_of(study))
-    _, target, _ = train.open_all(configure(first)[0])
+    hyper: Any = configure(stage_after(study, [flags], trust="confidence")[0])[1]
+    G = load(newest_checkpoint(flags["out"]), device_of(study))
+    _, target, _ = train.open_all(configure(flags)[0])
     values, weights = [], []
     for _, image, _ in evaluation.spread_images(target, study.images):
         p, m = ensemble_and_m(G, image, image.shape[-2:])
@@ -488,18 +495,19 @@ def coverage(
 
 
 def reliable(study: Study) -> None:
-    """A figure: accuracy of the labels from the surest tenth to the last, by confidence and by M.
+    """Accuracy of the labels from the surest tenth to the last, by confidence and by M.
 
     Before the second stage and after it, on TAN's first seed; and the share of each class that has
-    a trusted label before and after.
+    a trusted label before and after. A figure and two tables.
     """
-    first = replace(study, seeds=study.seeds[:1])
-    cells, _ = first_runs(first, {"TAN": MAIN["TAN"]})
-    flags = stage_after(first, cells["TAN"])
-    results = run_groups(first, {"TAN": flags}, checkpoints=True)
+    study = replace(study, seeds=study.seeds[:1])
+    cells, _ = first_runs(study, {"TAN": MAIN["TAN"]})
+    flags = stage_after(study, cells["TAN"])
+    results = run_groups(study, {"TAN": flags}, checkpoints=True)
     target, to_source_ids = labelled_target(flags[0])
     hyper: Any = configure(flags[0])[1]
     paths = teachers(flags[0])
+    tenths, covered = [], {}
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (when, step) in enumerate((("before", min(paths)), ("after", max(paths)))):
@@ -507,8 +515,10 @@ def reliable(study: Study) -> None:
         m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, study.images)
         for color, name, values in (("C0", "confidence", doubt), ("C1", "M", m)):
             x, y = reliability(values, wrong)
+            tenths.append([f"{name}, {when}", *(f"{100 * value:.1f}" for value in y)])
             left.plot(x, y, color + ("--", "-")[i], label=f"{name}, {when}")
         shares = coverage(G, target, to_source_ids, hyper, study.images)
+        covered[when] = shares
         right.bar(np.arange(len(shares)) + 0.4 * i, 100 * shares, 0.4, label=when)
     left.set(xlabel="labels, the surest first", ylabel="accuracy in this tenth")
     left.legend(fontsize=8)
@@ -516,4 +526,10 @@ def reliable(study: Study) -> None:
     right.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     right.set_ylabel("% of its pixels with trusted label")
     right.legend(fontsize=8)
+    header = ["labels by", *(f"tenth {i + 1}" for i in range(len(x)))]
+    note = "Accuracy in % of the teacher's labels, the surest tenth first."
+    write(study, f"reliable-{study.task}", header, tenths, note, results)
+    rows = [[c, *(f"{100 * s[i]:.0f}" for s in covered.values())] for i, c in enumerate(names)]
+    note = "% of the pixels of each class that have a trusted label, by the truth."
+    write(study, f"coverage-{study.task}", ["class", *covered], rows, note, results)
     save_figure(study, figure, f"reliable-{study.task}", results["TAN"])

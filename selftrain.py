@@ -17,7 +17,8 @@ step is the result. The flags that say what the run was (--src, --tgt, --backbon
 
 Sources: mean teacher (Tarvainen and Valpola, 2017), class mix (Olsson et al., 2021), masked patches
 (MIC, Hoyer et al., 2023). All draws are from `generator`, or from torch's own, which train.py seeds
-for each step: they depend on (seed, step) and the process alone. `generator` is one of the CPU.
+for each step: they depend on (seed, step), the process and the draws before them in the step, so
+masks are others with class mix than without. `generator` is one of the CPU.
 
 Shapes: B images, C classes, H W label grid.
 """
@@ -60,7 +61,7 @@ class SelftrainHyper(Hyper):
 
     teacher_momentum: float = 0.999  # share of the teacher that a step keeps; 0: it is the student
     lambda_target: float = 1.0  # weight of the loss on the teacher's labels
-    trust: Trust = "confidence"  # what a label's weight is made from
+    trust: Trust = "confidence"  # a label's weight is by this; least_m: the least M of each class
     trusted: float = 0.5  # least share of each class's labels in a batch that count
     threshold: float = 0.0  # labels of lower confidence do not count; above 1 none does
     tau: float = 0.01  # the weight by M is exp(-M / tau); tiny: 1.6e-5 (a larger one is constant)
@@ -237,7 +238,7 @@ def change_colours(
 # anything is learnt. --fourier.
 
 
-def fourier_style(source: Tensor, target: Tensor, beta: float) -> Tensor:
+def fourier_style(source: torch.Tensor, target: torch.Tensor, beta: float) -> torch.Tensor:
     """The source's image with the target's amplitudes at all frequencies below beta.
 
     source, target: ... H W of one size, float32 or float64 in any range. beta: in cycles a pixel,

@@ -499,6 +499,25 @@ def refuse_unused_flags(flags: Flags) -> None:
 # A run with a second stage.
 
 
+def refuse_stage_without_start(flags: Flags) -> None:
+    """Raises ValueError for a second stage that goes on with nothing, and has no numbers then.
+
+    --tau has no value that fits all networks: M differs by orders of magnitude.
+    """
+    if flags.get("method") != "selftrain":
+        return
+    if flags.get("init", "auto") in ("auto", "none", "imagenet") and "adv_start" not in flags:
+        raise ValueError(
+            "--method selftrain goes on with a network that has learnt: give --init RUN. For both "
+            "parts in one run give another --method and --selftrain-start N"
+        )
+    if flags.get("trust") in ("m", "both") and "tau" not in flags:
+        raise ValueError(
+            f"--trust {flags['trust']} needs --tau, about as small as most values of M are (tiny: "
+            "1.6e-5). --trust least_m reads M as well, and needs none"
+        )
+
+
 def both_parts(flags: Flags, resume: Path | None = None) -> tuple[Flags | None, Flags]:
     """The flags of the first part and of the second stage: two runs, the one in the other's folder.
 

@@ -71,6 +71,7 @@ from settings import (
     flag_of,
     less_memory,
     parse,
+    refuse_stage_without_start,
     refuse_unused_flags,
     restarted,
     resumed,
@@ -645,6 +646,7 @@ def train_first(flags: Flags, go_on: bool, console: Console) -> None:
         train(settings, hyper, resume, console)
     except Stopped as stopped:
         raise Stopped(f"{stopped}, or with the whole command and --resume") from stopped
+    devices.any_rank(False)  # so all processes wait until the first has written its checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -665,6 +667,8 @@ def main(argv: list[str] | None = None) -> None:
             if resume is not None:
                 flags, resume = resumed(flags, resume, console.print)
             settings, hyper = configure(flags)
+            if resume is None:
+                refuse_stage_without_start(flags)
             known = settings, hyper, resume is not None
             train(settings, hyper, resume, console)
         devices.leave_processes()

@@ -1,7 +1,9 @@
 """`selftrain.py`: labels and their trust, what the student sees, the teacher, whole runs."""
 
+import inspect
 import json
 import math
+import types
 from dataclasses import replace
 from functools import partial
 from typing import get_args
@@ -343,6 +345,10 @@ def test_selftrain_numbers_that_make_no_sense_are_refused():
         assert sentence in run_error("--method", "selftrain", *flags.split())
     assert "does not use --tau" in run_error("--method", "tan", "--tau", "0.1")
     assert "give --init RUN" in run_error("--method", "selftrain", "--adv-start", "0")
+    alone = run_error("--method", "selftrain")
+    assert "goes on with a network that has learnt: give --init RUN" in alone
+    with_m = run_error("--method", "selftrain", "--adv-start", "2", "--trust", "both")
+    assert "--trust both needs --tau" in with_m
     assert "name that" in run_error("--method", "selftrain", "--selftrain-start", "3")
     assert "counts both parts" in run_error("--selftrain-start", "9", "--steps", "9")
 
@@ -511,6 +517,14 @@ def test_selftrain_fourier_style_has_the_targets_amplitudes_below_beta_and_no_ot
         mean = target.mean(dim=(1, 2), keepdim=True)
         wanted = source - source.mean(dim=(1, 2), keepdim=True) + mean
         torch.testing.assert_close(selftrain.fourier_style(source, target, beta), wanted)
+
+
+def test_selftrain_fourier_style_copies_out_alone():
+    module = types.ModuleType("elsewhere")
+    exec("import torch\n\n" + inspect.getsource(selftrain.fourier_style), module.__dict__)
+    source, target = photographs(0), photographs(1)
+    wanted = selftrain.fourier_style(source, target, 0.1)
+    assert torch.equal(module.__dict__["fourier_style"](source, target, 0.1), wanted)
 
 
 def test_selftrain_fourier_style_of_two_sizes_is_refused():
