@@ -24,7 +24,7 @@ import eval as evaluation
 import train
 from checkpoints import BEFORE, newest_checkpoint, of_steps, read_metadata
 from classes import IGNORE
-from control import MAIN, on_streets
+from control import BATCHNORM, MAIN, SHARED, on_streets
 from figures import device_of, load
 from models import Generator
 from predictions import ensemble_and_m
@@ -303,7 +303,8 @@ def second(study: Study) -> None:
 
     A row has as many steps of the second stage as its start has of adaptation. On streets the
     weights and controls are those of TAN's runs, and FDA has a second stage too. Elsewhere M's
-    weight and a constant one follow, from the best of the three starts.
+    weight and a constant one follow, from the best of the three starts, and BatchNorm alone is a
+    fourth start, which the README advises for photographs.
     """
     firsts = {name: study.cells(**change) for name, change in MAIN.items()}
     trust = numbers_of_stage(study, firsts["TAN"][0]).trust
@@ -318,16 +319,16 @@ def second(study: Study) -> None:
     if on_streets(study):
         groups |= controls(study, firsts, results, trust)
         groups[f"CLAN, {BY['least_m']}"] = stage_weighed_by(study, firsts["CLAN"], "least_m")
-    styled = {
-        f"{name}, FDA": study.cells(**MAIN[name], fourier=FDA) for name in ("source only", "TAN")
-    }
+    fda: Flags = {"fourier": FDA}
+    names = ("source only", "TAN")
+    styled = {f"{name}, FDA": study.cells(**MAIN[name], **fda) for name in names}
     groups |= styled
-    if on_streets(study):
-        groups |= {
-            f"{k}, {BY[trust]}": stage_weighed_by(study, v, trust, fourier=FDA)
-            for k, v in styled.items()
-        }
-    write_second(study, start, BY[trust], with_starts(study, firsts | styled, groups))
+    others = styled if on_streets(study) else {BATCHNORM: study.cells(**SHARED[BATCHNORM])}
+    groups |= others
+    numbers = fda if on_streets(study) else {}
+    stages = {k: stage_weighed_by(study, v, trust, **numbers) for k, v in others.items()}
+    groups |= {f"{k}, {BY[trust]}": stage for k, stage in stages.items()}
+    write_second(study, start, BY[trust], with_starts(study, firsts | others, groups))
 
 
 def with_starts(

@@ -68,6 +68,29 @@ def test_second_a_flag_of_the_trust_holds_for_the_weights_that_read_it(tmp_path)
     assert configure(cell)[1].tau == 0.5, "--tau holds, and nothing is fitted"
 
 
+def test_second_rows_on_photographs(tmp_path, monkeypatch):
+    """M and a constant weight go on from the best of three starts; BatchNorm alone is a fourth."""
+    flags = ["--tgt", "folder", "--tgt-dir", "x", "--backbone", "lite0", "--tau", "0.1"]
+    s = study.parse(["second", "--runs", str(tmp_path), "--seeds", "0", *flags])["second"]
+    scores = {"source only, by confidence": 0.4}
+    found = {}
+
+    def with_starts(study_, firsts, groups):
+        found.update(groups)
+        return {name: [{"miou": scores.get(name, 0.3)}] for name in groups}
+
+    monkeypatch.setattr(second, "with_starts", with_starts)
+    monkeypatch.setattr(second, "write_second", lambda *args: found.update(start=args[1]))
+    second.second(s)
+    rows = ("source only", "TAN", "CLAN", "BatchNorm alone")
+    stages = [f"{name}, by confidence" for name in rows]
+    more = ["source only, by M", "source only, constant", "source only, FDA", "TAN, FDA"]
+    assert found.pop("start") == "source only"
+    assert {*found} == {*rows, *stages, *more}
+    adapted = configure(found["BatchNorm alone, by confidence"][0])[0].init
+    assert "batchnormbatch" in adapted and "lambda_adv0.0" in adapted
+
+
 @pytest.mark.parametrize("flags", ((), ("--tau", "1e-5"), ("--trust", "m", "--tau", "1e-5")))
 def test_second_the_cost_of_a_step_is_known_whatever_weighs_the_labels(flags):
     results = Path(second.__file__).parent / "results"
@@ -206,3 +229,7 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     assert (tmp_path / f"fourier-{TASK}.png").exists()
     studied("reliable", tmp_path / "val", "--seeds", "0")
     assert (tmp_path / "val" / f"reliable-{TASK}.png").exists()
+    tenths = json.loads((tmp_path / "val" / f"reliable-{TASK}.json").read_text())["rows"]
+    assert len(tenths) == 4 and all(len(row) == 11 for row in tenths)
+    covered = json.loads((tmp_path / "val" / f"coverage-{TASK}.json").read_text())["rows"]
+    assert len(covered) == 19 and covered[0][0] == "road"
