@@ -658,6 +658,8 @@ def main(argv: list[str] | None = None) -> None:
         before, flags = both_parts(flags, resume)
         refuse_unused_flags(flags)
         folder = run_folder(flags, resume)
+        if resume is None:
+            refuse_stage_without_start(flags)
         with owned(folder) if place.rank == 0 else contextlib.nullcontext():
             resume = restarted(flags, resume)
             if before and (saved(before["out"]) or not saved(folder)):
@@ -667,8 +669,6 @@ def main(argv: list[str] | None = None) -> None:
             if resume is not None:
                 flags, resume = resumed(flags, resume, console.print)
             settings, hyper = configure(flags)
-            if resume is None:
-                refuse_stage_without_start(flags)
             known = settings, hyper, resume is not None
             train(settings, hyper, resume, console)
         devices.leave_processes()

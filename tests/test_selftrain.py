@@ -349,6 +349,8 @@ def test_selftrain_numbers_that_make_no_sense_are_refused():
     assert "goes on with a network that has learnt: give --init RUN" in alone
     with_m = run_error("--method", "selftrain", "--adv-start", "2", "--trust", "both")
     assert "--trust both needs --tau" in with_m
+    both = run_error("--selftrain-start", "1200", "--trust", "m")
+    assert "--trust m needs --tau" in both, "before the first part is trained"
     assert "name that" in run_error("--method", "selftrain", "--selftrain-start", "3")
     assert "counts both parts" in run_error("--selftrain-start", "9", "--steps", "9")
 
