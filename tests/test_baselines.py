@@ -487,21 +487,24 @@ def test_baselines_a_d_of_single_pixels_learns_at_its_rate_nearly_as_fast_as_tan
     settings, hyper = configure({"method": "tan", "adv_start": 0})
     source, target, _ = train.open_all(settings)
     steps = data.Steps(source, target, hyper, seed=10)
-    seen: dict[str, list] = {name: [] for name in ("tan", "cycada", "fcns_wild", "cross_city")}
+    methods = ("tan", "advent", "cycada", "fcns_wild", "cross_city")
+    seen: dict[str, list] = {name: [] for name in methods}
     G.eval()  # as in adaptation: BatchNorm's running statistics
     with torch.no_grad():
         for batch in (steps[i] for i in range(40)):
             features = G.features(batch.source), G.features(batch.target)
             logits = [clan.upsample(G.C1(f) + G.C2(f), (64, 128)) for f in features]
-            seen["tan"].append(clan.Predictions(*(x.softmax(dim=1) for x in logits), None))
+            p = [x.softmax(dim=1) for x in logits]
+            seen["tan"].append(clan.Predictions(*p, None))
+            seen["advent"].append(clan.Predictions(*map(baselines.entropy_parts, p), None))
             seen["cycada"].append(clan.Predictions(*logits, None))
             seen["fcns_wild"].append(clan.Predictions(*features, None))
     seen["cross_city"] = seen["fcns_wild"]
-    of_tan = accuracy_of_d("tan", 1e-4, seen["tan"])
+    of_tan, of_advent = (accuracy_of_d(m, 1e-4, seen[m]) for m in ("tan", "advent"))
     own = {m: accuracy_of_d(m, 1e-3, seen[m]) for m in ("cycada", "fcns_wild", "cross_city")}
     slow = {m: accuracy_of_d(m, 1e-4, seen[m]) for m in own}
-    print(f"right: TAN {of_tan:.2f}; at 1e-3 {own}; at 1e-4 {slow}")
-    assert of_tan > 0.8
+    print(f"right: TAN {of_tan:.2f}, AdvEnt {of_advent:.2f}; at 1e-3 {own}; at 1e-4 {slow}")
+    assert of_tan > 0.8 and of_advent > 0.8, "entropies are small numbers, but tell as much"
     assert all(own[m] > 0.7 and own[m] > slow[m] + 0.03 for m in own), (own, slow)
 
 
