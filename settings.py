@@ -27,6 +27,7 @@ from data import DATASETS
 from devices import count_workers, launch, uses_bfloat16
 from methods import METHODS, own_fields, unused_fields
 from models import BACKBONES, check_choice, has_imagenet, lineage_for, strides_for
+from selftrain import READ_BY
 
 Compile = Literal["auto", "off", "on", "blocks"]
 Looks = Literal["game", "mixed", "city"]
@@ -154,6 +155,7 @@ OF_BOTH: dict[tuple[str, str], Flags] = {
 }
 # What `study.py tune` has chosen, by backbone and method.
 TUNED: dict[tuple[str, str], Flags] = {}
+OF_ADVERSARY = {"lambda_adv", "lambda_adv_aux", "lambda_class"}
 
 
 def chosen_numbers(backbone: str, method: str) -> Flags:
@@ -167,8 +169,6 @@ def chosen_numbers(backbone: str, method: str) -> Flags:
     found = TUNED.get(("tiny", method), {})
     return {k: ratio * v if k in OF_ADVERSARY else v for k, v in found.items()}
 
-
-OF_ADVERSARY = {"lambda_adv", "lambda_adv_aux", "lambda_class"}
 
 # Of a second stage that goes on with another run. tiny's numbers are by `study.py trials`. lite0
 # has fewer steps, and a teacher that keeps as little of its start as tiny's. With larger backbones
@@ -511,7 +511,7 @@ def refuse_stage_without_start(flags: Flags) -> None:
             "--method selftrain goes on with a network that has learnt: give --init RUN. For both "
             "parts in one run give another --method and --selftrain-start N"
         )
-    if flags.get("trust") in ("m", "both") and "tau" not in flags:
+    if flags.get("trust") in READ_BY["tau"] and "tau" not in flags:
         raise ValueError(
             f"--trust {flags['trust']} needs --tau, about as small as most values of M are (tiny: "
             "1.6e-5). --trust least_m reads M as well, and needs none"
