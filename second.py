@@ -303,13 +303,13 @@ def second(study: Study) -> None:
 
     A row has as many steps of the second stage as its start has of adaptation. On streets the
     weights and controls are those of TAN's runs, and FDA has a second stage too. Elsewhere M's
-    weight and a constant one follow, from the best of the three starts, and BatchNorm alone is a
-    fourth start, which the README advises for photographs.
+    weight and a constant one follow, from the best of the three starts. BatchNorm alone, which the
+    README advises for photographs, is there a fourth start, compared with its own stage alone.
     """
     firsts = {name: study.cells(**change) for name, change in MAIN.items()}
     trust = numbers_of_stage(study, firsts["TAN"][0]).trust
     groups = dict(firsts)
-    groups |= {f"{k}, {BY[trust]}": stage_weighed_by(study, v, trust) for k, v in firsts.items()}
+    groups |= with_stages(study, firsts, trust)
     results = with_starts(study, firsts, groups)
     best = max(firsts, key=lambda name: mean_miou(results[f"{name}, {BY[trust]}"]))
     start = "TAN" if on_streets(study) else best
@@ -323,12 +323,24 @@ def second(study: Study) -> None:
     names = ("source only", "TAN")
     styled = {f"{name}, FDA": study.cells(**MAIN[name], **fda) for name in names}
     groups |= styled
-    others = styled if on_streets(study) else {BATCHNORM: study.cells(**SHARED[BATCHNORM])}
-    groups |= others
-    numbers = fda if on_streets(study) else {}
-    stages = {k: stage_weighed_by(study, v, trust, **numbers) for k, v in others.items()}
-    groups |= {f"{k}, {BY[trust]}": stage for k, stage in stages.items()}
-    write_second(study, start, BY[trust], with_starts(study, firsts | others, groups))
+    if on_streets(study):
+        groups |= with_stages(study, styled, trust, **fda)
+        results = with_starts(study, firsts | styled, groups)
+    else:
+        fourth = {BATCHNORM: study.cells(**SHARED[BATCHNORM])}
+        results = with_starts(study, firsts, groups)
+        results |= with_starts(study, fourth, fourth | with_stages(study, fourth, trust))
+    write_second(study, start, BY[trust], results)
+
+
+def with_stages(
+    study: Study, firsts: dict[str, Cells], trust: Trust, **numbers
+) -> dict[str, Cells]:
+    """The second stage of each of these runs, by their names."""
+    return {
+        f"{name}, {BY[trust]}": stage_weighed_by(study, cells, trust, **numbers)
+        for name, cells in firsts.items()
+    }
 
 
 def with_starts(
@@ -384,7 +396,8 @@ def write_second(study: Study, start_of_all: str, by: str, results: dict[str, li
         start = max((x for x in starts if name.startswith(f"{x}, ")), key=len, default="")
         gain = difference(group, results[start]) if start else ""
         students = [r["student"]["miou"] for r in group if "student" in r]
-        apart = difference(group, results[usual]) if students and name != usual else ""
+        held_against = students and name != usual and start != BATCHNORM
+        apart = difference(group, results[usual]) if held_against else ""
         kept = [r["terms"]["kept"] for r in group if "kept" in r.get("terms", {})]
         weight = f"{np.mean(kept):.2f}" if kept else ""
         rows.append([name, mean_and_deviation(map(miou, group)), gain, apart,

@@ -91,6 +91,29 @@ def test_second_rows_on_photographs(tmp_path, monkeypatch):
     assert "batchnormbatch" in adapted and "lambda_adv0.0" in adapted
 
 
+def test_second_batchnorm_alone_is_compared_with_its_stage_alone(tmp_path, monkeypatch):
+    """It may come from another machine than the other rows of a seed."""
+
+    def result(miou: float, machine: str, **more) -> dict:
+        return {"miou": miou, "machine": machine, "settings": {"seed": 0}} | more
+
+    s = study.parse(["second", "--runs", str(tmp_path), "--seeds", "0"])["second"]
+    student = {"student": {"miou": 0.1}}
+    results = {
+        "TAN": [result(0.3, "A")],
+        "TAN, by confidence": [result(0.4, "A", **student)],
+        "TAN, constant": [result(0.35, "A", **student)],
+        "BatchNorm alone": [result(0.3, "B")],
+        "BatchNorm alone, by confidence": [result(0.32, "B", **student)],
+    }
+    tables: list[list] = []
+    monkeypatch.setattr(second, "write", lambda *args: tables.append(args[3]))
+    second.write_second(s, "TAN", "by confidence", results)
+    shown = {row[0]: row[2:4] for row in tables[0]}
+    assert shown["TAN, constant"] == ["+5.0", "-5.0"]
+    assert shown["BatchNorm alone, by confidence"] == ["+2.0", ""]
+
+
 @pytest.mark.parametrize("flags", ((), ("--tau", "1e-5"), ("--trust", "m", "--tau", "1e-5")))
 def test_second_the_cost_of_a_step_is_known_whatever_weighs_the_labels(flags):
     results = Path(second.__file__).parent / "results"
