@@ -1,6 +1,7 @@
 """The second stage: what it adds to what adaptation won, and whether M is a measure of trust.
 
     python study.py trials --jobs 2     # on dev: one change at a time, from one run of TAN
+    python study.py decline --jobs 2    # on dev: what falls first where the stage loses
     python study.py fourier --jobs 2    # on dev: FDA's beta
     python study.py signs --jobs 2      # M and confidence against wrong labels of the teacher
     python study.py second --jobs 2     # starts, weights of the labels, controls
@@ -22,10 +23,10 @@ from matplotlib.figure import Figure
 import data
 import eval as evaluation
 import train
-from checkpoints import BEFORE, newest_checkpoint, of_steps, read_metadata
+from checkpoints import BEFORE, newest_checkpoint, of_steps, read_checkpoint, read_metadata
 from classes import IGNORE
 from control import BATCHNORM, MAIN, SHARED, on_streets
-from figures import device_of, load
+from figures import device_of, load, open_target
 from models import Generator
 from predictions import ensemble_and_m
 from runs import (
@@ -126,6 +127,9 @@ CHANGES: dict[str, Flags] = {
 }
 
 
+LOSING = "teacher's momentum .99"  # of CHANGES: what `decline` looks at
+
+
 def trials(study: Study) -> None:
     """What makes the second stage keep or lose what TAN has won: one change at a time, on dev.
 
@@ -201,6 +205,70 @@ def trusted_labels(
         yield p.argmax(dim=0)[known], weight[known], ids[known]
 
 
+def decline(study: Study) -> None:
+    """What falls first where the second stage loses what TAN has won: labels, teacher or student.
+
+    On dev, with the setting LOSING, at each 25th of the stage up to a fifth of it, and at the end.
+    Labels: the trusted ones, as in `trials`; besides their accuracy its mean over the classes that
+    they name, where a sign counts as much as the road.
+    """
+    study = replace(on_dev(study), unpaired=True)
+    cells, _ = first_runs(study, {"TAN": MAIN["TAN"]})
+    length = numbers_of_stage(study, cells["TAN"][0]).steps
+    often = max(1, length // 25)
+    stages = stage_after(study, cells["TAN"], **CHANGES[LOSING], save_every=often)
+    results = run_cells(study, stages, checkpoints=True)
+    hyper: Any = configure(stages[0])[1]
+    target, to_source_ids = labelled_target(stages[0])
+    _, dev, _ = open_target(stages[0])
+    device = device_of(study)
+    steps = set.intersection(*({*teachers(flags)} for flags in stages))
+    rows = []
+    for step in sorted(x for x in steps if x <= length // 5 or x == length):
+        found = []
+        for flags in stages:
+            path = teachers(flags)[step]
+            G = load(path, device)
+            accuracies = label_accuracies(G, target, to_source_ids, hyper, study.images)
+            student = student_in(path, device)
+            found.append([*accuracies, score_on(G, dev, device), score_on(student, dev, device)])
+        columns = zip(*found, strict=True)
+        rows.append([str(step), *(mean_and_deviation(values) for values in columns)])
+    header = ["step", "labels right", "mean over classes", "mIoU of the teacher", "of the student"]
+    note = (
+        f'In %, mean ± deviation over tuning seeds, in the row "{LOSING}" of the trials. Labels: '
+        f"the trusted ones on {study.images} of the target's training images. mIoU: on "
+        f"{study.shared[0].split}."
+    )
+    write(study, f"decline-{study.task}", header, rows, note, {"": results})
+
+
+def label_accuracies(
+    G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
+) -> tuple[float, float]:
+    """Accuracy of the trusted labels on `count` images: of all, and the mean over their classes."""
+    right, total = np.zeros(G.num_classes), np.zeros(G.num_classes)
+    for labels, weight, ids in trusted_labels(G, target, to_source_ids, hyper, count):
+        total += np.bincount(labels, weight, G.num_classes)
+        right += np.bincount(labels, weight * (labels == ids), G.num_classes)
+    named = total > 0
+    return float(right.sum() / total.sum()), float((right[named] / total[named]).mean())
+
+
+def student_in(path: Path, device: torch.device) -> Generator:
+    """G of a second stage's checkpoint, where `load` gives the teacher."""
+    G = load(path, device)
+    tensors = read_checkpoint(path)[0]
+    G.load_state_dict({k.removeprefix("G."): v for k, v in tensors.items() if k.startswith("G.")})
+    return G
+
+
+def score_on(G: Generator, val: data.DataSet, device: torch.device) -> float:
+    """mIoU in [0, 1] on a split that has the classes of the source."""
+    confusion = evaluation.evaluate(G, val, np.arange(256, dtype=np.uint8), device=device)
+    return evaluation.scores(confusion, val.classes, val.classes)["miou"]
+
+
 def accuracy_of_labels(
     G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
 ) -> tuple[float, float]:
@@ -233,13 +301,14 @@ def signs(study: Study) -> None:
     for name, group in stages.items():
         target, to_source_ids = labelled_target(group[0])
         hyper: Any = configure(group[0])[1]
-        taus: dict[int, float] = {}  # by seed, fitted when the stage begins
+        taus: dict[int, float] = {}  # by seed, since the stage begins
         for step in sorted(set.intersection(*({*teachers(flags)} for flags in group))):
             found = []
             for flags in group:
                 G = load(teachers(flags)[step], device_of(study))
                 m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, study.images)
-                tau = taus.setdefault(flags["seed"], tau_for(m, hyper.trusted))
+                fitted = study.flags.get("tau") or tau_for(m, hyper.trusted)
+                tau = taus.setdefault(flags["seed"], fitted)
                 found.append(numbers_of_m(m, doubt, wrong, tau))
             means = {key: spread(x[key] for x in found)[0] for key in found[0]}
             matters = "" if means["spread"] >= USELESS else "could not matter"
@@ -249,7 +318,8 @@ def signs(study: Study) -> None:
     note = (
         f"Labelled pixels of {study.images} images of the target (streets: training images), "
         "teacher's heads, means over seeds. "
-        "tau: with it the mean of exp(-M / tau) is the trusted share when the stage begins. "
+        "tau: as given, or with it the mean of exp(-M / tau) is the trusted share when the stage "
+        "begins. "
         f"Spread: standard deviation of exp(-M / tau); below {USELESS} its weight could not matter."
     )
     write(study, f"signs-{study.task}", header, rows, note, results)

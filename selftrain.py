@@ -13,12 +13,13 @@ This is not in the paper. The teacher is the exponential moving average of G, th
 the target's image as the other methods do; the student sees it with other colours, with objects of
 the source pasted in, or with parts hidden. Each label counts as much as it is trusted: by the
 teacher's confidence, or by the agreement of its two heads, M (Section 3.2). The teacher at the last
-step is the result. The flags that say what the run was (--src, --tgt, --backbone) are given again.
+step is the result. The flags that say what the run was are given again (--backbone, --src, --tgt,
+--fourier and others). train.py names those of the data that differ.
 
 Sources: mean teacher (Tarvainen and Valpola, 2017), class mix (Olsson et al., 2021), masked patches
 (MIC, Hoyer et al., 2023). All draws are from `generator`, or from torch's own, which train.py seeds
-for each step: they depend on (seed, step), the process and the draws before them in the step, so
-masks are others with class mix than without. `generator` is one of the CPU.
+for each step: they depend on (seed, step) and the process. Class mix draws first, and masks have a
+generator of their own, so neither is changed by the other's flag. `generator` is one of the CPU.
 
 Shapes: B images, C classes, H W label grid.
 """
@@ -321,16 +322,21 @@ def selftrain_step(
         weight = trust_of(hyper, p, m)
         terms |= {"kept": weight.mean(), "m": m.mean()}
         if hyper.trust_shuffled:
-            places = torch.Generator().manual_seed(torch.initial_seed() + 1)
-            weight = shuffled(weight, places)  # so the other draws are those of a run without it
+            weight = shuffled(weight, draws_of_its_own(1))
         if hyper.class_mix:
             mixed = images, labels, weight, batch.source, batch.labels
             images, labels, weight = mix_classes(*mixed)
         images = change_colours(images, hyper.colours)
-        images = hide_patches(images, hyper.masked, hyper.patches) if hyper.masked else images
+        if hyper.masked:
+            images = hide_patches(images, hyper.masked, hyper.patches, draws_of_its_own(2))
     l_target = target_loss(G(images), labels, weight, hyper)
     terms["st"] = l_target.detach()
     return loss + hyper.lambda_target * l_target, terms, None
+
+
+def draws_of_its_own(which: int) -> torch.Generator:
+    """A generator of this step, so that the other draws are those of a run without this flag."""
+    return torch.Generator().manual_seed(torch.initial_seed() + which)
 
 
 def target_loss(logits: Logits, labels: Tensor, weight: Tensor, hyper: Hyper) -> Tensor:

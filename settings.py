@@ -405,11 +405,16 @@ def add_run_flags(
 ) -> None:
     """All flags that describe a run. Those that only one method has stand under its name.
 
-    flags: those that are given. The help shows the defaults that follow from them.
+    flags: those that are given. The help shows the defaults that follow from them; with
+    selftrain_start those of the first part, but the steps of both and the stage's own numbers.
     """
-    settings, hyper = configure(flags or {})
-    values = vars(settings) | vars(hyper)
-    values |= shown_sizes(settings)
+    first, last = both_parts(flags or {})
+    settings, hyper = configure(first or last)
+    values = vars(settings) | vars(hyper) | shown_sizes(settings)
+    if first:
+        _, of_stage = configure(last)
+        values |= {name: getattr(of_stage, name) for name in own_fields("selftrain")}
+        values["steps"] += of_stage.steps
     for cls in (Settings, clan.Hyper):
         add_flags(parser, cls, values, without=without)
     known = {field.name for field in fields(clan.Hyper)}
@@ -453,7 +458,8 @@ def run_parser(description: str, flags: Flags | None = None) -> argparse.Argumen
         type=int,
         metavar="N",
         default=argparse.SUPPRESS,
-        help="steps of --method, after which a second stage begins; --steps counts both",
+        help="steps of --method, after which a second stage begins; --steps counts both. With it "
+        "the rates shown below are those of --method",
     )
     add_run_flags(parser, flags=flags)
     return parser
@@ -477,8 +483,8 @@ def parse(argv: list[str] | None, description: str = "") -> tuple[Flags, Path | 
         rest = [word for word in argv if word not in asked]
         try:
             flags, resume = flags_in(parser.parse_args(rest))
-            flags.pop("selftrain_start", None)
             if resume is not None:
+                flags.pop("selftrain_start", None)
                 flags, _ = resumed(flags, resume, lambda *_, **__: None)
             parser = run_parser(description, flags)
         except ValueError as error:

@@ -54,7 +54,7 @@ from runs import (
     run_groups,
     write,
 )
-from second import fourier, reliable, second, signs, trials
+from second import decline, fourier, reliable, second, signs, trials
 from settings import Flags, add_run_flags, configure, flag_of, less_memory
 from tables import COMPARED, table_1_and_2
 from train import NOT_BEGUN
@@ -160,6 +160,7 @@ COMMANDS = {
     "ranking": Command(ranking, set()),
     "calibration": Command(calibration, {"methods", "images"}, (0,)),
     "trials": Command(trials, {"images"}, TUNING_SEEDS[:2], 50, SECOND),
+    "decline": Command(decline, {"images"}, TUNING_SEEDS[:2], 50, SECOND),
     "fourier": Command(fourier, set(), TUNING_SEEDS[:2], sets=("fourier",)),
     "signs": Command(signs, {"images"}, (0, 1, 2), 50, SECOND),
     "second": Command(second, {"images"}, images=50, stage=SECOND, sets=("fourier",)),
@@ -170,7 +171,7 @@ COMMANDS = {
 # For tuning, of other methods and runs, of photographs, or of a second stage.
 NOT_IN_ALL: tuple[str, ...] = ("instrument", "sweep", "tune", "labels", "ranking")
 NOT_IN_ALL += ("photographs", "dusk")
-NOT_IN_ALL += ("trials", "fourier", "signs", "second", "reliable")
+NOT_IN_ALL += ("trials", "decline", "fourier", "signs", "second", "reliable")
 QUICK = {"steps": 90, "adv_start": 75, "eval_every": 10}  # flags of --quick
 OPTIONS = FOR_ALL.union(*(command.reads for command in COMMANDS.values()))
 SET_HERE = {"seed", "out", "method", "save_every", "keep"}  # flags of train.py that a study sets
@@ -187,8 +188,8 @@ def seeds_of(text: str) -> tuple[int, ...]:
 
 def methods_of(text: str) -> tuple[str, ...]:
     found = FIRST_STAGE if text == "all" else tuple(text.split(","))
-    if not set(found) <= set(METHODS) or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"choose from {','.join(METHODS)}, each once, or all")
+    if not set(found) <= set(FIRST_STAGE) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"choose from {','.join(FIRST_STAGE)}, each once, or all")
     return found
 
 

@@ -137,7 +137,7 @@ def train(settings: Settings, hyper: Hyper, resume: Path | None, console: Consol
     method = METHODS[hyper.method]
     source, target, val = open_all(settings)
     if method.result and not resume:
-        check_start(settings, hyper, source)
+        check_start(settings, hyper, source, console)
     drawn = settings.src == settings.tgt == "streets"
     workers = devices.count_workers(settings.workers, drawn)
 
@@ -232,9 +232,17 @@ def open_all(settings: Settings) -> tuple[data.DataSet, data.DataSet, data.DataS
     return source, target, val
 
 
-def check_start(settings: Settings, hyper: Any, source: data.DataSet) -> None:
-    """Raises ValueError if a second stage would not begin with a network of the source's classes,
-    or could not paste the source into the target."""
+# What a second stage learns from, which should be as it was in the run that it goes on with.
+LEARNT_FROM: tuple[str, ...] = ("src", "src_dir", "src_size", "tgt", "tgt_dir", "tgt_size")
+LEARNT_FROM += ("shift", "scenes", "looks", "seg_heads", "fourier")
+
+
+def check_start(settings: Settings, hyper: Any, source: data.DataSet, console: Console) -> None:
+    """Says which flags of LEARNT_FROM differ from those of the run that a second stage begins with.
+
+    Raises ValueError if it would not begin with a network of the source's classes, or could not
+    paste the source into the target.
+    """
     if hyper.class_mix and hyper.scales != (1.0,):
         raise ValueError(
             "--class-mix needs images of one scale: give --scales 1 --scale-probs 1, or "
@@ -256,6 +264,16 @@ def check_start(settings: Settings, hyper: Any, source: data.DataSet) -> None:
             f"{settings.init} was trained on other classes ({', '.join(names)}): take a run on the "
             "same source"
         )
+    before = metadata.get("settings", {})
+    now = json.loads(json.dumps(vars(settings) | vars(hyper), default=str))
+    changed = [
+        f"{flag_of(name)} {now[name]} (was {before[name]})"
+        for name in LEARNT_FROM
+        if name in before and before[name] != now[name]
+    ]
+    if changed:
+        text = f"warning: {settings.init} was made with other flags: {', '.join(changed)}"
+        console.print(f"{text}. Give them again if this is not meant", soft_wrap=True)
 
 
 def first_networks(

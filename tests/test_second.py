@@ -209,6 +209,16 @@ def test_second_a_change_that_diverges_has_a_row_and_does_not_stop_the_trials(
     assert "rate x 2.5, 1 of 2 runs: step 8: grad is not finite" in capsys.readouterr().out
 
 
+def test_second_accuracy_of_labels_by_pixel_and_by_the_class_that_they_name(monkeypatch):
+    """Three roads right, one of two signs wrong, and a third class that no label names."""
+    labels, ids = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 2])
+    found = [(labels, torch.ones(5), ids), (labels[3:], torch.tensor([0.0, 0.0]), ids[3:])]
+    monkeypatch.setattr(second, "trusted_labels", lambda *_: iter(found))
+    G = SimpleNamespace(num_classes=4)
+    accuracies = second.label_accuracies(G, None, None, None, 2)
+    assert accuracies == pytest.approx((4 / 5, (1 + 1 / 2) / 2))
+
+
 @pytest.mark.slow
 def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp_path, monkeypatch):
     few = {k: second.CHANGES[k] for k in ("momentum .999", "every label counts", "class mix")}
@@ -216,6 +226,11 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     studied("trials", tmp_path, "--seeds", "10")
     rows = table(tmp_path, "trials")
     assert list(rows) == list(few) and rows["every label counts"][4].endswith("of 100")
+    studied("decline", tmp_path / "often", "--seeds", "10")
+    rows = table(tmp_path / "often", "decline")
+    assert list(rows) == ["0", "1", "2"], "a short stage"
+    teacher, student = zip(*(row[2:] for row in rows.values()), strict=True)
+    assert teacher[0] == student[0], "the teacher begins as the student"
     studied("signs", tmp_path / "val", "--seeds", "0")
     rows = json.loads((tmp_path / "val" / f"signs-{TASK}.json").read_text())["rows"]
     assert [row[:2] for row in rows if row[0] == "TAN"] == [

@@ -144,6 +144,7 @@ def images_of(seed: int, b=2, h=16, w=24) -> torch.Tensor:
 
 
 def test_selftrain_a_mix_of_an_image_with_itself_changes_nothing():
+    """Neither images nor labels, nor weights where all are equal: what is pasted has their mean."""
     images, labels = images_of(0), some_labels(2, 5, 16, 24, ignored=0)
     ones = torch.ones(2, 16, 24)
     mixed = selftrain.mix_classes(images, labels, ones, images, labels, seeded())
@@ -275,6 +276,30 @@ def test_selftrain_the_target_term_is_eq_3_on_the_teachers_labels():
     own = Batch(batch.target, labels, None, None)
     wanted, _, _ = clan.g_step(G, None, own, phase, replace(hyper, method="source"))
     assert terms["st"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_selftrain_masks_of_a_step_are_the_same_with_and_without_other_changes(monkeypatch):
+    hide = selftrain.hide_patches
+
+    def hidden(seed: int, **numbers) -> torch.Tensor:
+        seen = []
+
+        def recorded(images, share, patches, generator):
+            stripes = torch.zeros_like(images)
+            stripes[..., ::2] = 200  # so that the mean is another colour
+            seen.append(hide(stripes, share, patches, generator) != stripes)
+            return images
+
+        monkeypatch.setattr(selftrain, "hide_patches", recorded)
+        G, batch, phase, hyper, state = ready(masked=0.5, **numbers)
+        torch.manual_seed(train.seed_of(0, seed, 0))
+        selftrain.selftrain_step(G, None, batch, phase, hyper, state)
+        return seen[0]
+
+    first = hidden(7)
+    assert 0.2 < first.float().mean() < 0.8 and not torch.equal(hidden(8), first)
+    for numbers in ({"class_mix": True}, {"colours": 0.0}, {"trust_shuffled": True}):
+        assert torch.equal(hidden(7, **numbers), first)
 
 
 def test_selftrain_the_teacher_labels_the_image_that_the_student_sees_changed():
@@ -481,6 +506,18 @@ def test_selftrain_another_backbone_and_other_classes_are_refused_by_name(first,
         *start, *flags, "--backbone", "tiny"
     )
     assert "holds no checkpoint" in run_error(*STAGE, "--init", str(tmp_path / "none"))
+
+
+def test_selftrain_flags_of_the_data_that_differ_from_the_first_runs_are_named(
+    first, tmp_path, capsys
+):
+    flags = [*STAGE, "--steps", "1", "--init", str(first), "--out"]
+    train.main([*flags, str(tmp_path / "same")])
+    assert "other flags" not in capsys.readouterr().out
+    changed = ["--fourier", "0.1", "--shift", "0", "0.25"]
+    train.main([*flags, str(tmp_path / "other"), *changed])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "was made with other flags: --shift [0.0, 0.25] (was [0.5, 0.5]), --fourier 0.1" in said
 
 
 def test_selftrain_a_network_whose_heads_have_learnt_nothing_is_refused(few, tmp_path):

@@ -12,7 +12,7 @@ import data
 import eval as evaluation
 import train
 from clan import PAPER, RELEASED
-from settings import configure, parse
+from settings import both_parts, configure, parse
 
 # Settings.
 
@@ -88,3 +88,14 @@ def test_train_shift_reaches_the_city_alone_and_its_score(few, tmp_path):
     assert json.loads((out / "eval.json").read_text())["miou"] == before
     sentence = run_error("--tgt", "folder", "--tgt-dir", str(tmp_path), "--shift", "0.1", "0.1")
     assert "--shift" in sentence
+
+
+def test_train_the_help_of_both_parts_shows_the_steps_of_both_and_the_stages_numbers(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--selftrain-start", "1600", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    first, last = both_parts({"selftrain_start": 1600})
+    of_stage = configure(last)[1]
+    assert f"iterations [{1600 + of_stage.steps}]" in shown
+    assert f"it is the student [{of_stage.teacher_momentum}]" in shown
+    assert f"initial rate [{configure(first)[1].lr_g}]" in shown

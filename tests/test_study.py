@@ -1,5 +1,6 @@
 """Studies: statistics, shared warm-ups, tables, figures, what they refuse."""
 
+import argparse
 import json
 import math
 import os
@@ -511,11 +512,16 @@ def test_study_a_flag_that_no_run_reads_is_refused(line, words):
     assert study.parse(["second", "--trusted", "0.3"])["second"].flags["trusted"] == 0.3
 
 
-@pytest.mark.parametrize("what", ["sweep", "tune", "trials", "fourier"])
+@pytest.mark.parametrize("what", ["sweep", "tune", "trials", "decline", "fourier"])
 def test_study_settings_are_not_chosen_on_the_labels_that_results_are_of(what, tmp_path):
     line = [what, "--tgt", "folder", "--tgt-dir", str(tmp_path), "--runs", str(tmp_path)]
     with pytest.raises(SystemExit, match="folder has no dev split, and its val is for results"):
         study.main(line)
+
+
+def test_study_a_second_stage_is_no_method_to_compare():
+    with pytest.raises(argparse.ArgumentTypeError, match="choose from source,tan,clan,"):
+        study.methods_of("source,selftrain")
 
 
 def test_study_a_flag_that_a_tuned_method_refuses_is_named(tmp_path):
