@@ -323,14 +323,14 @@ def signs(study: Study) -> None:
         f"Spread: standard deviation of exp(-M / tau); below {USELESS} its weight could not matter."
     )
     write(study, f"signs-{study.task}", header, rows, note, results)
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
     ax = figure.subplots()
     for i, (name, values) in enumerate(curves.items()):
         for key, style in (("AUC of M", "-"), ("AUC of 1 - confidence", "--")):
             ax.plot([*values], [x[key] for x in values.values()], f"C{i}{style}",
                     label=f"{name}, {key.removeprefix('AUC of ')}")  # fmt: skip
     ax.set(xlabel="step of the second stage", ylabel="AUC against wrong labels")
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)  # no place in the axes is free of lines
     save_figure(study, figure, f"signs-{study.task}", [r for g in results.values() for r in g])
 
 
