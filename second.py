@@ -318,9 +318,7 @@ def signs(study: Study) -> None:
     note = (
         f"Labelled pixels of {study.images} images of the target (streets: training images), "
         "teacher's heads, means over seeds. "
-        "tau: as given, or with it the mean of exp(-M / tau) is the trusted share when the stage "
-        "begins. "
-        f"Spread: standard deviation of exp(-M / tau); below {USELESS} its weight could not matter."
+        f"{ABOUT_TAU}"
     )
     write(study, f"signs-{study.task}", header, rows, note, results)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -343,6 +341,10 @@ def tau_for(m: np.ndarray, mean: float) -> float:
     return tau
 
 
+ABOUT_TAU = (
+    "tau: as given, or with it the mean of exp(-M / tau) is the trusted share before the stage. "
+    f"Spread: standard deviation of exp(-M / tau); below {USELESS} its weight could not matter."
+)
 NUMBERS_OF_M = ("AUC of M", "AUC of 1 - confidence", "wrong", "mean M", "tau", "spread")
 
 
@@ -568,21 +570,30 @@ def reliability(
 
 
 def coverage(
-    G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
-) -> np.ndarray:
-    """By class of the truth, C: the share of its pixels that has a trusted label, by its weight."""
+    G: Generator,
+    classes: tuple[str, ...],
+    target: data.DataSet,
+    to_source_ids: np.ndarray,
+    hyper: SelftrainHyper,
+    count: int,
+) -> dict[str, float]:
+    """By class of the truth: the share of its pixels that has a trusted label, by its weight.
+
+    classes: of G. Only those that the target has too are in the result.
+    """
     trusted, pixels = np.zeros(G.num_classes), np.zeros(G.num_classes)
     for _, weight, ids in trusted_labels(G, target, to_source_ids, hyper, count):
         trusted += np.bincount(ids, weight, G.num_classes)
         pixels += np.bincount(ids, minlength=G.num_classes)
-    return trusted / np.maximum(pixels, 1)
+    shares = trusted / np.maximum(pixels, 1)
+    return {name: float(shares[i]) for i, name in enumerate(classes) if i in to_source_ids}
 
 
 def reliable(study: Study) -> None:
     """Accuracy of the labels from the surest tenth to the last, by confidence and by M.
 
-    Before the second stage and after it, on TAN's first seed; and the share of each class that has
-    a trusted label before and after. A figure and two tables.
+    Before the second stage and after it, on TAN's first seed; the share of each class that has a
+    trusted label; and the numbers of M as in `signs`. A figure and three tables.
     """
     study = replace(study, seeds=study.seeds[:1])
     cells, _ = first_runs(study, {"TAN": MAIN["TAN"]})
@@ -591,7 +602,8 @@ def reliable(study: Study) -> None:
     target, to_source_ids = labelled_target(flags[0])
     hyper: Any = configure(flags[0])[1]
     paths = teachers(flags[0])
-    tenths, covered = [], {}
+    tenths, covered, of_m = [], {}, []
+    tau = 0.0  # given, or fitted before the stage
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (when, step) in enumerate((("before", min(paths)), ("after", max(paths)))):
@@ -601,19 +613,25 @@ def reliable(study: Study) -> None:
             x, y = reliability(values, wrong)
             tenths.append([f"{name}, {when}", *(f"{100 * value:.1f}" for value in y)])
             left.plot(x, y, color + ("--", "-")[i], label=f"{name}, {when}")
-        shares = coverage(G, target, to_source_ids, hyper, study.images)
+        tau = tau or study.flags.get("tau") or tau_for(m, hyper.trusted)
+        numbers = numbers_of_m(m, doubt, wrong, tau)
+        of_m.append([when, *(f"{x:.3g}" for x in numbers.values())])
+        classes = tuple(read_metadata(paths[step])["classes"])
+        shares = coverage(G, classes, target, to_source_ids, hyper, study.images)
         covered[when] = shares
-        right.bar(np.arange(len(shares)) + 0.4 * i, 100 * shares, 0.4, label=when)
+        heights = [100 * share for share in shares.values()]
+        right.bar(np.arange(len(shares)) + 0.4 * i, heights, 0.4, label=when)
     left.set(xlabel="labels, the surest first", ylabel="accuracy in this tenth")
     left.legend(fontsize=8)
-    names = [*results["TAN"][0]["iou"]]
-    right.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    right.set_xticks(range(len(shares)), shares, rotation=60, ha="right", fontsize=7)
     right.set_ylabel("% of its pixels with trusted label")
     right.legend(fontsize=8)
     header = ["labels by", *(f"tenth {i + 1}" for i in range(len(x)))]
     note = "Accuracy in % of the teacher's labels, the surest tenth first."
     write(study, f"reliable-{study.task}", header, tenths, note, results)
-    rows = [[c, *(f"{100 * s[i]:.0f}" for s in covered.values())] for i, c in enumerate(names)]
+    rows = [[name, *(f"{100 * x[name]:.0f}" for x in covered.values())] for name in shares]
     note = "% of the pixels of each class that have a trusted label, by the truth."
     write(study, f"coverage-{study.task}", ["class", *covered], rows, note, results)
+    note = f"Of the teacher. {ABOUT_TAU}"
+    write(study, f"m-{study.task}", ["the stage", *NUMBERS_OF_M], of_m, note, results)
     save_figure(study, figure, f"reliable-{study.task}", results["TAN"])

@@ -166,8 +166,16 @@ def test_second_coverage_is_by_class_of_the_truth(monkeypatch):
     monkeypatch.setattr(second, "ensemble_and_m", lambda *_: (p, torch.zeros(2, 4)))
     monkeypatch.setattr(second.evaluation, "spread_images", lambda *_: [(0, image, label)])
     _, hyper = configure({"method": "selftrain", "threshold": 0.7, "trusted": 0.75})
-    shares = second.coverage(SimpleNamespace(num_classes=2), None, np.arange(256), hyper, 1)
-    assert shares.tolist() == pytest.approx([4 / 5, 1.0]), "the unlabelled pixel is not counted"
+    G, ids = SimpleNamespace(num_classes=2), np.arange(256)
+    shares = second.coverage(G, ("road", "sky"), None, ids, hyper, 1)
+    wanted = {"road": 4 / 5, "sky": 1.0}
+    assert shares == pytest.approx(wanted), "the unlabelled pixel is not counted"
+
+    p = torch.cat([p[:1], torch.zeros(1, 2, 4), p[1:]])  # the target does not have the second
+    ids = np.full(256, 255)
+    ids[[0, 1]] = 0, 2
+    G = SimpleNamespace(num_classes=3)
+    assert second.coverage(G, ("road", "wall", "sky"), None, ids, hyper, 1) == pytest.approx(wanted)
 
 
 def test_second_a_stage_is_named_by_its_start_also_where_no_folder_is(tmp_path):
@@ -271,3 +279,5 @@ def test_second_all_of_its_studies_end_with_their_tables_and_figures(scenes, tmp
     assert len(tenths) == 4 and all(len(row) == 11 for row in tenths)
     covered = json.loads((tmp_path / "val" / f"coverage-{TASK}.json").read_text())["rows"]
     assert len(covered) == 19 and covered[0][0] == "road"
+    of_m = json.loads((tmp_path / "val" / f"m-{TASK}.json").read_text())["rows"]
+    assert [row[0] for row in of_m] == ["before", "after"] and of_m[0][5] == of_m[1][5], "one tau"
