@@ -97,7 +97,7 @@ SHARED: dict[str, Flags] = {  # with the study of photographs
 
 
 def variants(study: Study) -> dict[str, Flags]:
-    """The further rows, on the first FEW seeds."""
+    """The further rows, on the first FEW seeds, beside MAIN and PLACED of these seeds."""
     settings, hyper = study.shared
     recipe = "released" if settings.recipe == "paper" else "paper"
     return SHARED | {
@@ -127,10 +127,11 @@ def control(study: Study) -> None:
     (regime, shift), *others = shifts.items()
     results = claimed_runs(study, shift)
     write_claims(study, regime, [compared(study, claim, results, shift) for claim in CLAIMS])
-    further = {name: few.cells(**shift, **change) for name, change in variants(study).items()}
-    results |= run_groups(few, further)
     write_rows(study, regime, results)
-    write_claims(study, regime, of_rows(results, FURTHER), "further")
+    changes = {name: (MAIN | PLACES)[name] for name in (*MAIN, PLACED)} | variants(study)
+    further = run_groups(few, {k: few.cells(**shift, **v) for k, v in changes.items()})
+    write_rows(few, regime, further, "further-control")
+    write_claims(few, regime, of_rows(further, FURTHER), "further")
     if study.shared[0].tgt == "streets":  # other targets have no dev split
         negative_transfer(few, {name: results[name][:FEW] for name in WATCHED})
 
@@ -154,13 +155,14 @@ def claimed_runs(study: Study, shift: Flags) -> dict[str, list[dict]]:
     """The runs of all claims, on all seeds."""
     _, hyper = study.shared
     changes = MAIN | PLACES | {EVEN: WEIGHTS_1}
-    results = run_groups(study, {k: study.cells(**shift, **v) for k, v in changes.items()})
+    groups = {k: study.cells(**shift, **v) for k, v in changes.items()}
+    results = run_groups(study, groups)
     rates = [hyper.lambda_adv * known_mean_weight(r) for r in results["CLAN"]]
     scaled = [
         study.cell(seed, **shift, method="tan", lambda_adv=rate)
         for seed, rate in zip(study.seeds, rates, strict=True)
     ]
-    return results | {SCALED: run_cells(study, scaled)}
+    return run_groups(study, groups | {SCALED: scaled})  # together, so all from one machine
 
 
 def known_mean_weight(result: dict) -> float:
@@ -187,13 +189,9 @@ def compared(study: Study, claim: Claim, results: dict, shift: Flags) -> Compare
 
 
 def of_rows(results: dict, claims: tuple[Claim, ...] = CLAIMS) -> list[Compared]:
-    """The claims for which both rows were run, on the seeds that both have."""
+    """The claims for which both rows were run."""
     known = [claim for claim in claims if {claim.row, claim.other} <= results.keys()]
-    groups = [(claim, results[claim.row], results[claim.other]) for claim in known]
-    return [
-        (claim, of_seeds(a, min(a, b, key=len)), of_seeds(b, min(a, b, key=len)))
-        for claim, a, b in groups
-    ]
+    return [(claim, results[claim.row], results[claim.other]) for claim in known]
 
 
 def write_claims(study: Study, regime: str, found: list[Compared], name: str = "claims") -> None:
@@ -239,41 +237,36 @@ def answers_of(group: list[dict]) -> str:
     return "" if np.isnan(means[0]) else f"{means[0]:.2f}, {means[1]:.2f}"
 
 
-def of_seeds(group: list[dict], like: list[dict]) -> list[dict]:
-    """The results of the same seeds as those of `like`, in its order."""
-    by_seed = {r["settings"]["seed"]: r for r in group}
-    return [by_seed[r["settings"]["seed"]] for r in like]
-
-
 def starts_of(name: str, results: dict[str, list[dict]]) -> list[dict]:
     """The runs that say where each run of a row stood at adv_start.
 
     Source only has no score there, but the warm-up of TAN.
     """
-    group = results[name]
-    return of_seeds(results["TAN"], group) if name == "source only" else group
+    return results["TAN" if name == "source only" else name]
 
 
-def write_rows(study: Study, regime: str, results: dict[str, list[dict]]) -> None:
-    """The rows of the control in one regime of streets. Some have fewer seeds than others."""
+def write_rows(
+    study: Study, regime: str, results: dict[str, list[dict]], name: str = "control"
+) -> None:
+    """The rows of the control in one regime of streets."""
     rows = []
-    for name, group in results.items():
+    for row, group in results.items():
         rare = [spread(r["iou"].get(c) for c in INFREQUENT)[0] for r in group]
-        source = of_seeds(results["source only"], group)
+        source = results["source only"]
         lost = [lost_classes(*both) for both in zip(group, source, strict=True)]
-        pairs = zip(group, starts_of(name, results), strict=True)
+        pairs = zip(group, starts_of(row, results), strict=True)
         fallen = [lost_classes(r, start["before"]) for r, start in pairs if "before" in start]
         weight, _ = spread(r.get("mean_weight") for r in group)
         rows.append([
-            name,
+            row,
             str(len(group)),
             mean_and_deviation(r.get("miou_before") for r in group),
             mean_and_deviation(map(miou, group)),
             mean_and_deviation(rare),
             f"{np.mean(lost):.1f}",
             f"{np.mean(fallen):.1f}" if fallen else "-",
-            difference(group, of_seeds(results["TAN"], group)),
-            difference(group, of_seeds(results["CLAN"], group)),
+            difference(group, results["TAN"]),
+            difference(group, results["CLAN"]),
             "" if np.isnan(weight) else f"{weight:.2f}",
             answers_of(group),
         ])  # fmt: skip
@@ -286,7 +279,7 @@ def write_rows(study: Study, regime: str, results: dict[str, list[dict]]) -> Non
         f"began. {INTERVALS} Mean weight: lambda_local M + eps over the adversarial steps. D's "
         "answers: its mean probability of source on the source and on the target, at the end."
     )
-    write(study, "-".join(["control", study.task, *regime.split()]), header, rows, note, results)
+    write(study, "-".join([name, study.task, *regime.split()]), header, rows, note, results)
 
 
 # Negative transfer, as the paper means it: classes that were aligned before adaptation get worse.

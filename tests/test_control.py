@@ -1,6 +1,8 @@
 """The controls: claims and their power, rows, negative transfer, the instrument."""
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,10 @@ TASK = "streets-streets-tiny"
 
 
 def made_up(monkeypatch, score_of, deviation: float) -> list[dict]:
-    """Runs score `score_of` of their flags, and a little more or less by seed. Returns all."""
+    """Runs score `score_of` of their flags, and a little more or less by seed. Returns all.
+
+    All runs of one call are of one machine, and those of another call are of another.
+    """
     made = []
 
     def result(flags) -> dict:
@@ -30,7 +35,7 @@ def made_up(monkeypatch, score_of, deviation: float) -> list[dict]:
         iou = {name: score_of(hyper) for name in ("road", "wall", "car")}
         found = {"miou": score_of(hyper) + deviation * noise, "iou": iou, "mean_weight": 0.5}
         found |= {"settings": {"seed": flags["seed"]}, "checkpoint": str(flags["out"])}
-        found |= {"commit": "c", "machine": "m", "seconds": 1.0}
+        found |= {"commit": "c", "seconds": 1.0}
         start = dict.fromkeys(iou, 0.5)
         curve = [{"step": 100, "iou": [*iou.values()]}]
         if hyper.method != "source":
@@ -38,11 +43,15 @@ def made_up(monkeypatch, score_of, deviation: float) -> list[dict]:
             curve = [{"step": 50, "iou": [*start.values()]}, *curve]
         return found | {"curve": curve}
 
+    calls: Iterator[int] = itertools.count()
+
     def run_cells(study_, cells, checkpoints=False):
-        return [result(flags) for flags in cells]
+        machine = f"of call {next(calls)}"  # so runs of two calls make no pair
+        return [result(flags) | {"machine": machine} for flags in cells]
 
     def run_groups(study_, groups, checkpoints=False):
-        return {name: run_cells(study_, cells) for name, cells in groups.items()}
+        results = iter(run_cells(study_, [flags for cells in groups.values() for flags in cells]))
+        return {name: [next(results) for _ in cells] for name, cells in groups.items()}
 
     monkeypatch.setattr(control, "run_cells", run_cells)
     monkeypatch.setattr(control, "run_groups", run_groups)
@@ -70,7 +79,10 @@ def test_control_a_claim_is_the_difference_of_its_two_rows(monkeypatch, tmp_path
     anew = rows_of(tmp_path, f"claims-{TASK}-scenes-drawn-anew")
     assert [row[1] for row in anew.values()] == ["+3.0"]
     rows = rows_of(tmp_path, f"control-{TASK}-look-and-layout")
-    assert rows["CLAN"][6] == "+3.0 [+3.0, +3.0]" and rows["BatchNorm alone"][0] == "5"
+    assert rows["CLAN"][6] == "+3.0 [+3.0, +3.0]" and rows["CLAN"][0] == "10"
+    more = rows_of(tmp_path, f"further-control-{TASK}-look-and-layout")
+    assert more["BatchNorm alone"][0] == more["TAN"][0] == "5"
+    assert more["CLAN"][6] == "+3.0 [+3.0, +3.0]", "beside runs of the same machine"
     assert rows["CLAN"][4] == "0.0" and rows["source only"][6].startswith("-10.0")
     assert rows["CLAN"][5] == rows["source only"][5] == "3.0", "all three fell from 50 %"
     further = rows_of(tmp_path, f"further-{TASK}-look-and-layout")
@@ -90,7 +102,7 @@ def test_control_a_claim_is_the_difference_of_its_two_rows(monkeypatch, tmp_path
     scaled = [configure(flags)[1] for flags in made if flags.get("lambda_adv")]
     rate = configure({})[1].lambda_adv
     assert {hyper.method for hyper in scaled} == {"tan"}
-    assert [hyper.lambda_adv for hyper in scaled] == [rate / 2] * 10
+    assert [hyper.lambda_adv for hyper in scaled] == [rate / 2] * 10, "made once"
 
 
 def test_control_an_unsettled_place_gets_ten_more_seeds(monkeypatch, tmp_path):
@@ -129,7 +141,7 @@ def test_control_runs_every_row_and_scales_tan_by_clans_own_mean_weight(scenes, 
     paths = runs.glob("tan-lambda_adv*-seed0/eval.json")
     rates = [json.loads(path.read_text())["settings"]["lambda_adv"] for path in paths]
     assert sum(x == pytest.approx(hyper.lambda_adv * weight) for x in rates) == 1
-    rows = rows_of(out, f"control-{TASK}")
+    rows = rows_of(out, f"control-{TASK}") | rows_of(out, f"further-control-{TASK}")
     assert rows["TAN"][6] == rows["CLAN"][7] == "+0.0"
     for name in (*control.PLACES, control.EVEN, "M inverted, mean 1"):
         assert rows[name][8] == "1.00"
