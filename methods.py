@@ -171,8 +171,9 @@ METHODS = {
 }
 
 
-# A table of systems compares these: all but the second stage.
-FIRST_STAGE = tuple(name for name, method in METHODS.items() if not method.result)
+def first_stage() -> tuple[str, ...]:
+    """The methods that a table of systems compares: all but the second stage."""
+    return tuple(name for name, method in METHODS.items() if not method.result)
 
 
 def state_of(method: Method, G: Any, hyper: Any) -> State:

@@ -41,7 +41,7 @@ from figures import (
     tsne,
     weightmap,
 )
-from methods import FIRST_STAGE, METHODS, own_fields
+from methods import METHODS, first_stage, own_fields
 from runlog import Stopped
 from runs import (
     INTERVALS,
@@ -187,9 +187,10 @@ def seeds_of(text: str) -> tuple[int, ...]:
 
 
 def methods_of(text: str) -> tuple[str, ...]:
-    found = FIRST_STAGE if text == "all" else tuple(text.split(","))
-    if not set(found) <= set(FIRST_STAGE) or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"choose from {','.join(FIRST_STAGE)}, each once, or all")
+    known = first_stage()
+    found = known if text == "all" else tuple(text.split(","))
+    if not set(found) <= set(known) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"choose from {','.join(known)}, each once, or all")
     return found
 
 
