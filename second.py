@@ -103,8 +103,9 @@ SLOW: Flags = {"teacher_momentum": 0.999, "lr_g": 0.002, "class_mix": False, "ba
 FASTER = SLOW | {"teacher_momentum": 0.99}
 MIX = SLOW | {"class_mix": True}
 ALL_THREE = MIX | {"batchnorm": "batch", "teacher_momentum": 0.997}
+LOSING = "teacher's momentum .99"  # what `decline` looks at
 CHANGES: dict[str, Flags] = {
-    "teacher's momentum .99": FASTER,
+    LOSING: FASTER,
     "momentum .99, rate x 1/5": FASTER | {"lr_g": 0.0004},
     "momentum .99, rate x 5": FASTER | {"lr_g": 0.01},
     "momentum .99, every label counts": FASTER | {"trust": "constant"},
@@ -125,9 +126,6 @@ CHANGES: dict[str, Flags] = {
     "class mix, BatchNorm, momentum .997": ALL_THREE,
     "the same, rate x 2.5": ALL_THREE | {"lr_g": 0.005},
 }
-
-
-LOSING = "teacher's momentum .99"  # of CHANGES: what `decline` looks at
 
 
 def trials(study: Study) -> None:
@@ -215,7 +213,7 @@ def decline(study: Study) -> None:
     study = replace(on_dev(study), unpaired=True)
     cells, _ = first_runs(study, {"TAN": MAIN["TAN"]})
     length = numbers_of_stage(study, cells["TAN"][0]).steps
-    losing = CHANGES[LOSING] | {"save_every": max(1, length // 25)}
+    losing = FASTER | {"save_every": max(1, length // 25)}
     changes = {LOSING: losing, "the same, no labels of the target": losing | {"lambda_target": 0.0}}
     stages = {name: stage_after(study, cells["TAN"], **v) for name, v in changes.items()}
     results = run_groups(study, stages, checkpoints=True)
