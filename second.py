@@ -11,6 +11,7 @@ Each stage goes on with a finished run (--method selftrain --init RUN), and take
 that run's adaptation. The result is the teacher of the last step.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -228,7 +229,8 @@ def decline(study: Study) -> None:
             found = []
             for flags in group:
                 path = teachers(flags)[step]
-                G, student = load(path, device), student_in(path, device)
+                G = load(path, device)
+                student = student_in(path, G)
                 labels = label_accuracies(G, target, to_source_ids, hyper, study.images)
                 found.append([*labels, score_on(G, dev, device), score_on(student, dev, device)])
             columns = zip(*found, strict=True)
@@ -242,24 +244,33 @@ def decline(study: Study) -> None:
     write(study, f"decline-{study.task}", header, rows, note, results)
 
 
+def labels_by_class(
+    G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """By the class that a label names, C: the weight of the right ones, and of all; the pixels."""
+    right, total, pixels = np.zeros(G.num_classes), np.zeros(G.num_classes), 0
+    for labels, weight, ids in trusted_labels(G, target, to_source_ids, hyper, count):
+        total += np.bincount(labels, weight, G.num_classes)
+        right += np.bincount(labels, weight * (labels == ids), G.num_classes)
+        pixels += len(ids)
+    return right, total, pixels
+
+
 def label_accuracies(
     G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
 ) -> tuple[float, float]:
     """Accuracy of the trusted labels on `count` images: of all, and the mean over their classes."""
-    right, total = np.zeros(G.num_classes), np.zeros(G.num_classes)
-    for labels, weight, ids in trusted_labels(G, target, to_source_ids, hyper, count):
-        total += np.bincount(labels, weight, G.num_classes)
-        right += np.bincount(labels, weight * (labels == ids), G.num_classes)
+    right, total, _ = labels_by_class(G, target, to_source_ids, hyper, count)
     named = total > 0
     return float(right.sum() / total.sum()), float((right[named] / total[named]).mean())
 
 
-def student_in(path: Path, device: torch.device) -> Generator:
-    """G of a second stage's checkpoint, where `load` gives the teacher."""
-    G = load(path, device)
-    tensors = read_checkpoint(path)[0]
-    G.load_state_dict({k.removeprefix("G."): v for k, v in tensors.items() if k.startswith("G.")})
-    return G
+def student_in(path: Path, teacher: Generator) -> Generator:
+    """G of a second stage's checkpoint, of which `load` has given the teacher."""
+    tensors, student = read_checkpoint(path)[0], copy.deepcopy(teacher)
+    weights = {k.removeprefix("G."): v for k, v in tensors.items() if k.startswith("G.")}
+    student.load_state_dict(weights)
+    return student
 
 
 def score_on(G: Generator, val: data.DataSet, device: torch.device) -> float:
@@ -272,12 +283,8 @@ def accuracy_of_labels(
     G: Generator, target: data.DataSet, to_source_ids: np.ndarray, hyper: SelftrainHyper, count: int
 ) -> tuple[float, float]:
     """Over the labelled pixels of `count` images: as `labels_over_time` says."""
-    total = right = pixels = 0.0
-    for labels, weight, ids in trusted_labels(G, target, to_source_ids, hyper, count):
-        total += weight.sum().item()
-        right += weight[labels == ids].sum().item()
-        pixels += len(ids)
-    return right / max(total, 1e-9), total / max(pixels, 1.0)
+    right, total, pixels = labels_by_class(G, target, to_source_ids, hyper, count)
+    return right.sum() / max(total.sum(), 1e-9), total.sum() / max(pixels, 1)
 
 
 # Is M a measure of trust?
@@ -300,15 +307,15 @@ def signs(study: Study) -> None:
     for name, group in stages.items():
         target, to_source_ids = labelled_target(group[0])
         hyper: Any = configure(group[0])[1]
-        taus: dict[int, float] = {}  # by seed, since the stage begins
+        taus: dict[int, float] = {}  # by seed, from the first step on
         for step in sorted(set.intersection(*({*teachers(flags)} for flags in group))):
             found = []
             for flags in group:
                 G = load(teachers(flags)[step], device_of(study))
                 m, doubt, wrong, _ = m_and_errors(G, target, to_source_ids, study.images)
-                fitted = study.flags.get("tau") or tau_for(m, hyper.trusted)
-                tau = taus.setdefault(flags["seed"], fitted)
-                found.append(numbers_of_m(m, doubt, wrong, tau))
+                if flags["seed"] not in taus:
+                    taus[flags["seed"]] = tau_before(study, m, hyper)
+                found.append(numbers_of_m(m, doubt, wrong, taus[flags["seed"]]))
             means = {key: spread(x[key] for x in found)[0] for key in found[0]}
             matters = "" if means["spread"] >= USELESS else "could not matter"
             rows.append([name, str(step), *(f"{x:.3g}" for x in means.values()), matters])
@@ -316,8 +323,7 @@ def signs(study: Study) -> None:
     header = ["start", "step", *NUMBERS_OF_M, ""]
     note = (
         f"Labelled pixels of {study.images} images of the target (streets: training images), "
-        "teacher's heads, means over seeds. "
-        f"{ABOUT_TAU}"
+        f"teacher's heads, means over seeds. {ABOUT_TAU}"
     )
     write(study, f"signs-{study.task}", header, rows, note, results)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -338,6 +344,11 @@ def tau_for(m: np.ndarray, mean: float) -> float:
         tau = (low * high) ** 0.5
         low, high = (tau, high) if np.exp(-m / tau).mean() < mean else (low, tau)
     return tau
+
+
+def tau_before(study: Study, m: np.ndarray, hyper: SelftrainHyper) -> float:
+    """--tau, or what ABOUT_TAU says. m: before the stage."""
+    return study.flags.get("tau") or tau_for(m, hyper.trusted)
 
 
 ABOUT_TAU = (
@@ -602,7 +613,7 @@ def reliable(study: Study) -> None:
     hyper: Any = configure(flags[0])[1]
     paths = teachers(flags[0])
     tenths, covered, of_m = [], {}, []
-    tau = 0.0  # given, or fitted before the stage
+    tau = 0.0  # of both rows
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (when, step) in enumerate((("before", min(paths)), ("after", max(paths)))):
@@ -612,7 +623,7 @@ def reliable(study: Study) -> None:
             x, y = reliability(values, wrong)
             tenths.append([f"{name}, {when}", *(f"{100 * value:.1f}" for value in y)])
             left.plot(x, y, color + ("--", "-")[i], label=f"{name}, {when}")
-        tau = tau or study.flags.get("tau") or tau_for(m, hyper.trusted)
+        tau = tau or tau_before(study, m, hyper)
         numbers = numbers_of_m(m, doubt, wrong, tau)
         of_m.append([when, *(f"{x:.3g}" for x in numbers.values())])
         classes = tuple(read_metadata(paths[step])["classes"])
