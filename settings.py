@@ -86,7 +86,7 @@ class Settings:
         for side in ("src", "tgt"):
             size = getattr(self, f"{side}_size")
             if size and min(size) < 32:
-                raise ValueError(f"--{side}-size must be at least 32 32: D halves it five times")
+                raise ValueError(f"--{side}-size must be at least 32 32: D needs that many pixels")
             if getattr(self, side) == "streets" and getattr(self, f"{side}_dir"):
                 raise ValueError(f"--{side} streets is drawn, not read: drop --{side}-dir")
         if self.src != "streets" and self.looks != Settings.looks:

@@ -331,12 +331,13 @@ def candidates(lines: list[dict]) -> dict[str, list[list[dict]]]:
             found.setdefault(key(line), []).append(line["result"])
         return list(found.values())
 
+    curves = [line["result"].get("curve", []) for line in lines]
     return {
         "all runs": [[line["result"] for line in lines]],
         "the runs of one method": grouped(lambda x: x["settings"]["method"]),
         "the seeds of one setting": grouped(lambda x: json.dumps(x["settings"], sort_keys=True)),
         "the settings of one seed": grouped(lambda x: str(x["seed"])),
-        "the checkpoints of one run": [line["result"].get("curve", []) for line in lines],
+        "the checkpoints of one run": [x for x in curves if len(x) >= 3],
     }
 
 
@@ -360,9 +361,9 @@ def ranking(study: Study) -> None:
     for name, figure in FIGURES.items():
         pairs = [ranked(group, figure) for group in groups.values()]
         rows.append([name, *(f"{rank:.2f}, loses {loss:.1f}" for rank, loss in pairs)])
-    last = [group[-1:] for group in groups["the checkpoints of one run"]]
-    best = [max(map(miou, group)) for group in groups["the checkpoints of one run"] if group]
-    loses = np.mean([100 * (b - miou(x[0])) for b, x in zip(best, filter(None, last), strict=True)])
+    curves = groups["the checkpoints of one run"]
+    lost = [100 * (max(map(miou, curve)) - miou(curve[-1])) for curve in curves]
+    loses = np.mean(lost) if lost else np.nan
     rows.append(["the last checkpoint", *[""] * (len(groups) - 1), f"loses {loses:.1f}"])
     note = (
         "Spearman's correlation with target mIoU, a mean over groups, and how many points of mIoU "

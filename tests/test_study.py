@@ -689,7 +689,8 @@ def test_study_a_figure_that_ranks_as_miou_does_loses_nothing():
 def recorded_line(seed: int, lambda_adv: float, miou: float, split: str = "val") -> dict:
     """A made-up run in which the confidence is the mIoU, and M tells the opposite."""
     point = {"miou": miou, "confidence": miou, "m": miou, "shares": [0.5, 0.5], "d_target": 0.5}
-    curve = [point, point | {"miou": miou - 0.1, "confidence": miou - 0.1}, point | {"m": 0.9}]
+    curve = [point | {"miou": x, "confidence": x} for x in (miou, miou - 0.1, miou - 0.05)]
+    curve[-1]["m"] = 0.9
     result = point | {"curve": curve, "seconds": 1.0}
     settings = {"split": split, "lambda_adv": lambda_adv, "method": "clan"}
     return {"seed": seed, "settings": settings, "commit": "c", "machine": "m", "result": result}
@@ -705,6 +706,7 @@ def test_study_ranking_reads_the_recorded_runs_and_trains_nothing(tmp_path):
     lines[-1]["settings"]["looks"] = "city"  # the bound
     lines.append(recorded_line(1, 9.0, 0.9))
     lines[-1]["settings"]["shift"] = [0.5, 0.0]  # another target
+    lines[0]["result"]["curve"] = lines[0]["result"]["curve"][:1] * 2  # too few to choose from
     path = tmp_path / f"{TASK}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     study.main(["ranking", *flags])
@@ -712,7 +714,7 @@ def test_study_ranking_reads_the_recorded_runs_and_trains_nothing(tmp_path):
     rows = {row[0]: row[1:] for row in content["rows"]}
     assert rows["confidence"] == ["1.00, loses 0.0"] * 5
     assert rows["agreement of the heads, 1 - M"][0] == "-1.00, loses 30.0"
-    assert rows["the last checkpoint"][-1] == "loses 0.0"
+    assert rows["the last checkpoint"][-1] == "loses 5.0"
     assert "9 recorded runs" in content["notes"][0] and not (tmp_path / "none").exists()
 
 
