@@ -306,6 +306,7 @@ def negative_transfer(study: Study, results: dict[str, list[dict]]) -> None:
     aligned, chosen_by = aligned_classes(study)
     rows, figure = [], Figure(figsize=(6, 3.4), layout="constrained")
     ax = figure.subplots()
+    lowest = {}
     for name, group in results.items():
         curves = []
         for r, start in zip(group, starts_of(name, results), strict=True):
@@ -316,16 +317,19 @@ def negative_transfer(study: Study, results: dict[str, list[dict]]) -> None:
             curves.append([spread(point["iou"][i] for i in places)[0] for point in points])
         steps, values = [point["step"] for point in points], np.array(curves)
         ax.plot(steps, 100 * values.mean(axis=0), label=name)
-        moments = (values[:, 0], values[:, 1:].min(axis=1), values[:, -1])
-        rows.append([name, *map(mean_and_deviation, moments)])
+        lowest[name] = values[:, 1:].min(axis=1)
+        rows.append([name, *map(mean_and_deviation, (values[:, 0], lowest[name], values[:, -1]))])
+    for row in rows:
+        apart = [100 * x for x in lowest[row[0]] - lowest["TAN"]]
+        row.insert(3, f"{np.mean(apart):+.1f}{brackets(t_interval(apart))}")
     ax.set(xlabel="step", ylabel="IoU of the aligned classes, %")
     ax.legend(fontsize=8)
     save_figure(study, figure, f"transfer-{study.task}", [r for g in results.values() for r in g])
     step = results["CLAN"][0]["curve"][0]["step"]
-    header = ["method", f"at step {step}", "lowest after it", "at the end"]
+    header = ["method", f"at step {step}", "lowest after it", "lowest, minus TAN", "at the end"]
     note = (
         f"Mean IoU in % of the classes that source only knows best on dev: {', '.join(aligned)}. "
-        "Mean ± deviation over seeds."
+        f"Mean ± deviation over seeds. {INTERVALS}"
     )
     groups = results | {"source only, dev, tuning seeds": chosen_by}
     write(study, f"transfer-{study.task}", header, rows, note, groups)
