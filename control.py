@@ -75,6 +75,7 @@ CLAIMS = (
 )
 # Between the variants, on the first FEW seeds. Only what the control is built for is a claim.
 FURTHER = (
+    PLACE,
     Claim("M, or its reverse", PLACED, INVERTED),
     Claim("M, or M at other places", PLACED, MOVED),
     Claim("BatchNorm alone, or an adversary", BATCHNORM, "TAN"),
@@ -97,7 +98,7 @@ SHARED: dict[str, Flags] = {  # with the study of photographs
 
 
 def variants(study: Study) -> dict[str, Flags]:
-    """The further rows, on the first FEW seeds, beside MAIN and PLACED of these seeds."""
+    """The further rows, on the first FEW seeds, beside MAIN, PLACED and SHUFFLED of these seeds."""
     settings, hyper = study.shared
     recipe = "released" if settings.recipe == "paper" else "paper"
     return SHARED | {
@@ -128,7 +129,8 @@ def control(study: Study) -> None:
     results = claimed_runs(study, shift)
     write_claims(study, regime, [compared(study, claim, results, shift) for claim in CLAIMS])
     write_rows(study, regime, results)
-    changes = {name: (MAIN | PLACES)[name] for name in (*MAIN, PLACED)} | variants(study)
+    changes = {name: (MAIN | PLACES)[name] for name in (*MAIN, PLACED, SHUFFLED)}
+    changes |= variants(study)
     further = run_groups(few, {k: few.cells(**shift, **v) for k, v in changes.items()})
     write_rows(few, regime, further, "further-control")
     write_claims(few, regime, of_rows(further, FURTHER), "further")

@@ -86,7 +86,7 @@ def test_control_a_claim_is_the_difference_of_its_two_rows(monkeypatch, tmp_path
     assert rows["CLAN"][4] == "0.0" and rows["source only"][6].startswith("-10.0")
     assert rows["CLAN"][5] == rows["source only"][5] == "3.0", "all three fell from 50 %"
     further = rows_of(tmp_path, f"further-{TASK}-look-and-layout")
-    assert [row[1] for row in further.values()] == ["+3.0", "+3.0", "+0.0", "+0.0", "+3.0"]
+    assert [row[1] for row in further.values()] == ["+3.0", "+3.0", "+3.0", "+0.0", "+0.0", "+3.0"]
     assert {row[-1] for row in further.values()} == {"5 of 5", "0 of 5"}
     alone = rows_of(tmp_path, f"control-{TASK}-look-alone")
     assert list(alone) == ["source only", "TAN", "CLAN", *control.PLACES]
