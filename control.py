@@ -214,8 +214,8 @@ def write_claims(study: Study, regime: str, found: list[Compared], name: str = "
         f"{of_regime(regime)}Target mIoU, last checkpoint, differences paired by seed. Both "
         "intervals are of 95 %; the bootstrap's is too narrow with few seeds. Detectable: the "
         "difference that so many seeds find in 80 % of all cases at the 5 % level. Seeds differ in "
-        "the first weights and the order of the samples; the scenes are the same. Each claim stands "
-        "by itself: nothing is corrected for there being several. The settings are those that were "
+        "the first weights and the order of samples; the scenes are the same. Each claim stands by "
+        "itself: nothing is corrected for there being several. The settings are those that were "
         "chosen for look and layout."
     )
     if any(claim == PLACE for claim, _, _ in found):
