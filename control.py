@@ -39,6 +39,7 @@ from runs import (
     save_figure,
     spread,
     t_interval,
+    with_interval,
     write,
 )
 from settings import Flags, configure
@@ -308,7 +309,7 @@ def negative_transfer(study: Study, results: dict[str, list[dict]]) -> None:
     aligned, chosen_by = aligned_classes(study)
     rows, figure = [], Figure(figsize=(6, 3.4), layout="constrained")
     ax = figure.subplots()
-    lowest = {}
+    found = {}  # by method: IoU at the start, the lowest, at the end, of each seed
     for name, group in results.items():
         curves = []
         for r, start in zip(group, starts_of(name, results), strict=True):
@@ -319,11 +320,11 @@ def negative_transfer(study: Study, results: dict[str, list[dict]]) -> None:
             curves.append([spread(point["iou"][i] for i in places)[0] for point in points])
         steps, values = [point["step"] for point in points], np.array(curves)
         ax.plot(steps, 100 * values.mean(axis=0), label=name)
-        lowest[name] = values[:, 1:].min(axis=1)
-        rows.append([name, *map(mean_and_deviation, (values[:, 0], lowest[name], values[:, -1]))])
-    for row in rows:
-        apart = [100 * x for x in lowest[row[0]] - lowest["TAN"]]
-        row.insert(3, f"{np.mean(apart):+.1f}{brackets(t_interval(apart))}")
+        found[name] = values[:, 0], values[:, 1:].min(axis=1), values[:, -1]
+    for name, moments in found.items():
+        first, lowest, last = map(mean_and_deviation, moments)
+        apart = 100 * (moments[1] - found["TAN"][1])
+        rows.append([name, first, lowest, with_interval(apart.tolist()), last])
     ax.set(xlabel="step", ylabel="IoU of the aligned classes, %")
     ax.legend(fontsize=8)
     save_figure(study, figure, f"transfer-{study.task}", [r for g in results.values() for r in g])

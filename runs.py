@@ -762,8 +762,11 @@ def points_apart(a: list[dict], b: list[dict], pick: Pick = miou) -> list[float]
 def difference(a: list[dict], b: list[dict], pick: Pick = miou) -> str:
     """'-0.6 [-2.1, +0.9]': the paired mean of a - b in points, and its interval by Student's t."""
     pairs = points_apart(a, b, pick)
-    if not pairs:
-        return "-"
+    return with_interval(pairs) if pairs else "-"
+
+
+def with_interval(pairs: list[float]) -> str:
+    """The mean of paired differences in points, and its interval by Student's t."""
     return f"{np.mean(pairs):+.1f}{brackets(t_interval(pairs))}"
 
 

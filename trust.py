@@ -363,8 +363,7 @@ def ranking(study: Study) -> None:
         rows.append([name, *(f"{rank:.2f}, loses {loss:.1f}" for rank, loss in pairs)])
     curves = groups["the checkpoints of one run"]
     lost = [100 * (max(map(miou, curve)) - miou(curve[-1])) for curve in curves]
-    loses = np.mean(lost) if lost else np.nan
-    rows.append(["the last checkpoint", *[""] * (len(groups) - 1), f"loses {loses:.1f}"])
+    rows.append(["the last checkpoint", *[""] * (len(groups) - 1), f"loses {spread(lost)[0]:.1f}"])
     note = (
         "Spearman's correlation with target mIoU, a mean over groups, and how many points of mIoU "
         f"are lost by taking the largest figure. {len(lines)} recorded runs; groups of "
