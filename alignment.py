@@ -24,7 +24,11 @@ from baselines import (
     Images,
     State,
     ensemble,
+    evaluating,
+    frozen_copy,
     labelled_loss,
+    labeller_of,
+    no_copy,
     over_processes,
     source_loss,
     target_images,
@@ -207,7 +211,7 @@ class FcnsWildHyper(Hyper):
             raise ValueError("solver_steps must be at least 1; lambda_size, slack not negative")
 
 
-FCNS_WILD_TUNED: Axes = (ADVERSARIAL_RATES, ("lambda_size", (0.01, 0.03, 0.1, 0.3)))
+FCNS_WILD_TUNED: Axes = (("lambda_size", (0.001, 0.003, 0.01, 0.03)), ADVERSARIAL_RATES)
 
 
 def fcns_wild_d(G: Generator, hyper: FcnsWildHyper) -> PixelD:
@@ -430,7 +434,7 @@ class CdaHyper(Hyper):
     lambda_landmark: float = 1.0  # weight of the landmarks' cross-entropy (its code: 1)
     sharpness: float = 5.0  # exponent of the soft histogram (its code: 5)
     landmarks: float = 0.6  # share of an image's cells that are landmarks (paper: 0.6)
-    easy_start: float = 0.2  # share of the adaptation in which the easy tasks learn alone (ours)
+    easy_start: float = 0.2  # share of the adaptation before G follows the easy tasks (ours)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -439,8 +443,8 @@ class CdaHyper(Hyper):
 
 
 CDA_TUNED: Axes = (
-    ("lambda_layout", (0.01, 0.03, 0.1, 0.3)),
-    ("lambda_landmark", (0.1, 0.3, 1.0, 3.0)),
+    ("lambda_landmark", (0.003, 0.01, 0.03, 0.1)),
+    ("lambda_layout", (0.001, 0.003, 0.01, 0.03)),
 )
 
 
@@ -469,12 +473,41 @@ def cells_in(x: Tensor) -> tuple[int, int]:
 class EasyPredictions(NamedTuple):
     """What the easy tasks learn from: the source's features and labels."""
 
-    features: Tensor  # B F h w
+    features: Tensor  # B F h w, of the frozen network
     labels: Tensor  # B H W
 
 
 def easy_tasks(G: Generator, hyper: Hyper) -> EasyTasks:
     return EasyTasks(feature_channels(G), G.num_classes)
+
+
+def before_the_easy_tasks(G: Generator, hyper: Hyper) -> State:
+    return no_copy(G) | not_begun(G, hyper)
+
+
+def easy_tasks_begin(step: int, G: Generator, images: Images, hyper: CdaHyper) -> State:
+    """The network as it is when adaptation starts, kept for its features; and `begins`."""
+    frozen = frozen_copy(G) if step == hyper.adv_start else {}
+    return frozen | begins(step, G, images, hyper, "easy_start")
+
+
+class Features(nn.Module):
+    """G.features as a module, so that it can be called with other weights."""
+
+    def __init__(self, G: Generator):
+        super().__init__()
+        self.G = G
+
+    def forward(self, images: Tensor) -> Any:
+        return self.G.features(images)
+
+
+@torch.no_grad()
+def frozen_features(G: Generator, state: State, images: Tensor) -> Tensor:
+    """The features, B F h w, of the network as it was when adaptation started."""
+    weights = {f"G.{k}": v for k, v in labeller_of(state).items()}
+    with evaluating(G):
+        return last(torch.func.functional_call(Features(G), weights, (images,)))
 
 
 def soft_histogram(p: Tensor, sharpness: float) -> Tensor:
@@ -510,26 +543,26 @@ def cda_step(
 ) -> tuple[Tensor, Terms, EasyPredictions | None]:
     """Source only + lambda_layout * label distribution + lambda_landmark * CE of landmarks.
 
-    Differs: the easy tasks are linear layers on E's own features. They learn alone at first and
-    then with G, where the original has other networks, learnt before; cells of a grid, not
-    superpixels; no balance of classes.
+    The easy tasks see the features of the network as it was when adaptation started, so G does not
+    change what it is to follow.
+    Differs: they are linear layers on these features, where the original has other networks; cells
+    of a grid, not superpixels; no balance of classes.
     """
-    f_source = G.features(batch.source)
-    loss, terms = source_loss(heads(G, f_source), batch, phase, hyper)
+    loss, terms = source_loss(G(batch.source), batch, phase, hyper)
     if not phase.adversarial:
         return loss, terms, None
-    f_target = G.features(target_images(batch))
-    logits = heads(G, f_target)
+    images = target_images(batch)
+    logits = G(images)
     p = ensemble(logits, batch.target_size).softmax(dim=1)
     with torch.no_grad():
-        whole, cells = easy(last(f_target).detach())
+        whole, cells = easy(frozen_features(G, state, images))
         labels = landmark_labels(cells, hyper.landmarks, p.shape[-2:])
     l_layout = label_distribution_loss(p, whole.softmax(dim=1), hyper.sharpness)
     l_landmark = labelled_loss(logits, labels, hyper)
     terms |= {"layout": l_layout.detach(), "landmark": l_landmark.detach()}
     guide = hyper.lambda_layout * l_layout + hyper.lambda_landmark * l_landmark
     loss = loss + state["begun"].to(guide) * guide
-    return loss, terms, EasyPredictions(last(f_source).detach(), batch.labels)
+    return loss, terms, EasyPredictions(frozen_features(G, state, batch.source), batch.labels)
 
 
 def easy_d_step(easy: EasyTasks, predictions: EasyPredictions) -> tuple[Tensor, Terms]:

@@ -3,8 +3,8 @@
 Each section is one system: its equation and source, its numbers, its steps, and what differs from
 the original. Numbers that a section does not name (length, rates of G, segmentation loss) are those
 of clan.Hyper, for all systems alike. Until adv_start each takes the step of source only. The
-ensemble of C1 and C2 is the one classifier of a system that has one. Losses need only torch and can
-be copied by themselves.
+ensemble of C1 and C2 is the one classifier of a system that has one; labels are learnt as seg_heads
+says. Losses need only torch and can be copied by themselves.
 
     MinEnt, AdvEnt   Vu et al., CVPR 2019 (not in the tables)
     MCD              Saito et al., CVPR 2018
@@ -37,7 +37,7 @@ State = dict[str, Tensor]  # of a method, saved in each checkpoint
 # The two numbers of a method that `study.py tune` chooses, one after the other, and their values
 # for tiny on streets. No values: four more of the first number, around its best.
 Axes = tuple[tuple[str, tuple[float, ...]], tuple[str, tuple[float, ...]]]
-TUNED: Axes = (  # of TAN, CLAN, AdvEnt
+TUNED: Axes = (  # of TAN and CLAN
     ("lambda_adv", (0.0125, 0.025, 0.05, 0.1)),
     ("lr_d", (3.33e-5, 1e-4, 3e-4, 9e-4)),
 )
@@ -97,6 +97,24 @@ def over_heads(
     return loss(upsample(logits[0], size)) + loss(upsample(logits[1], size))
 
 
+def labeller_of(state: State) -> State:
+    """The weights of the frozen copy of G that a method's state holds."""
+    of_copy = {k for k in state if k.startswith(LABELLER)}
+    return {k.removeprefix(LABELLER): state[k] for k in of_copy}
+
+
+LABELLER = "labeller."
+
+
+def frozen_copy(G: Generator) -> State:
+    return {LABELLER + k: v.detach().clone() for k, v in G.state_dict().items()}
+
+
+def no_copy(G: Generator) -> State:
+    """Before there is one, with the names and shapes of one."""
+    return {LABELLER + k: torch.zeros_like(v) for k, v in G.state_dict().items()}
+
+
 def labelled_loss(logits: Logits, labels: Tensor, hyper: Hyper) -> Tensor:
     """Eq. 3 on labels of the target, B H W."""
     loss = partial(segmentation_loss, labels=labels, gamma=hyper.gamma)
@@ -154,12 +172,17 @@ def minent_step(
     return loss + hyper.lambda_ent * l_ent, terms | {"ent": l_ent.detach()}, None
 
 
+# A coarse grid over large factors: nothing is known of how much its D is worth. Its code: 0.001.
+ADVENT_TUNED: Axes = (("lambda_adv", (0.0005, 0.002, 0.008, 0.03)), TUNED[1])
+
+
 def advent_step(
     G: Generator, D: Discriminator, batch: Batch, phase: Phase, hyper: Hyper
 ) -> tuple[Tensor, Terms, Predictions | None]:
     """TAN, whose D sees -p log p / log C in place of p. Its D step is TAN's.
 
-    Nothing differs from the original's single level.
+    Differs from the original's single level: two heads, a warm-up, and D's answers are resized to
+    the label grid before their mean.
     """
     logits = G(batch.source)
     loss, terms = source_loss(logits, batch, phase, hyper)
@@ -307,7 +330,7 @@ def class_thresholds(counts: Tensor, portion: float, balanced: bool) -> Tensor:
 class SelfTrainingHyper(Hyper):
     """Of ST and CBST."""
 
-    lambda_st: float = 1.0  # weight of the loss on pseudo-labels (paper: 1)
+    lambda_st: float = 1.0  # weight of a pseudo-label; 1: that of a label of the source (paper: 1)
     rounds: int = 3  # rounds of labelling and learning (its code: 3 with ResNet-101)
     portion: float = 0.2  # share of the pixels that the first round labels (paper: 0.2)
     portion_step: float = 0.05  # by which it grows each round (paper: 0.05)
@@ -319,10 +342,12 @@ class SelfTrainingHyper(Hyper):
             raise ValueError("rounds must be at least 1; portion and portion_max in (0, 1]")
         if self.portion_step < 0:
             raise ValueError("portion_step must not be negative: the share grows")
+        if self.lambda_st < 0:
+            raise ValueError("lambda_st must not be negative: it is a weight")
 
 
 SELF_TRAINING_TUNED: Axes = (
-    ("portion", (0.1, 0.2, 0.35, 0.5)),
+    ("portion", (0.2, 0.35, 0.5, 0.7)),
     ("lambda_st", (0.1, 0.3, 1.0, 3.0)),
 )
 
@@ -342,8 +367,8 @@ def portion_of(number: int, hyper: SelfTrainingHyper) -> float:
 
 def first_labeller(G: Generator, hyper: SelfTrainingHyper) -> State:
     """Before the first round: thresholds that nothing passes, and no labeller."""
-    state = {f"labeller.{k}": torch.zeros_like(v) for k, v in G.state_dict().items()}
-    return state | {"thresholds": torch.ones(G.num_classes, device=next(G.parameters()).device)}
+    thresholds = torch.ones(G.num_classes, device=next(G.parameters()).device)
+    return no_copy(G) | {"thresholds": thresholds}
 
 
 @torch.no_grad()
@@ -361,9 +386,7 @@ def new_round(
             counts += confidence_counts(p).cpu()
     counts = over_processes(counts)
     thresholds = class_thresholds(counts, portion_of(number, hyper), balanced)
-    device = next(G.parameters()).device
-    state = {f"labeller.{k}": v.detach().clone() for k, v in G.state_dict().items()}
-    return state | {"thresholds": thresholds.to(device)}
+    return frozen_copy(G) | {"thresholds": thresholds.to(next(G.parameters()).device)}
 
 
 @contextlib.contextmanager
@@ -388,23 +411,25 @@ def over_processes(x: Tensor) -> Tensor:
 def self_training_step(
     G: Generator, D: None, batch: Batch, phase: Phase, hyper: SelfTrainingHyper, state: State
 ) -> tuple[Tensor, Terms, None]:
-    """Source only + lambda_st * CE of the target's pseudo-labels, both as seg_heads says.
+    """Eq. 3 over the source's labels and the target's pseudo-labels, as one mean over all of them.
 
-    Differs: each loss is a mean over its own labelled pixels (the original: one mean of both); no
-    mining of rare classes, no spatial prior, no choice of images; labels from one scale, and of
-    the pixels that G learns from, with no scale, crop or mirror of its own.
+    A pseudo-label counts lambda_st times as much as a label. Each process has a mean of its own.
+    Differs: no mining of rare classes, no spatial prior, no choice of images; labels from one
+    scale, and of the pixels that G learns from, with no scale, crop or mirror of its own.
     """
     loss, terms = source_loss(G(batch.source), batch, phase, hyper)
     if not phase.adversarial:
         return loss, terms, None
     images, size = target_images(batch), batch.target_size
-    labeller = {k.removeprefix("labeller."): v for k, v in state.items() if k != "thresholds"}
     with torch.no_grad(), evaluating(G):
-        logits = torch.func.functional_call(G, labeller, (images,))
+        logits = torch.func.functional_call(G, labeller_of(state), (images,))
         labels = pseudo_labels(ensemble(logits, size).softmax(dim=1), state["thresholds"])
     l_st = labelled_loss(G(images), labels, hyper)
     terms |= {"st": l_st.detach(), "kept": (labels != 255).float().mean()}
-    return loss + hyper.lambda_st * l_st, terms, None
+    of_source, of_target = ((x != 255).sum() for x in (batch.labels, labels))
+    of_target = hyper.lambda_st * of_target
+    share = of_target / (of_source + of_target).clamp(min=1e-12)
+    return (1 - share) * loss + share * l_st, terms, None
 
 
 # AdaptSegNet with two levels (Tsai et al., CVPR 2018): TAN twice, on the prediction and on that of

@@ -89,7 +89,7 @@ METHODS = {
         tuned=baselines.MINENT_TUNED,
     ),
     "advent": Method(
-        "AdvEnt", NOT_OF_BASELINES, g_step=baselines.advent_step, tuned=baselines.TUNED
+        "AdvEnt", NOT_OF_BASELINES, g_step=baselines.advent_step, tuned=baselines.ADVENT_TUNED
     ),
     "mcd": Method(
         "MCD",
@@ -152,8 +152,8 @@ METHODS = {
         g_step=alignment.cda_step,
         d_step=alignment.easy_d_step,
         build_d=alignment.easy_tasks,
-        first_state=alignment.not_begun,
-        before_step=partial(alignment.begins, share="easy_start"),
+        first_state=alignment.before_the_easy_tasks,
+        before_step=alignment.easy_tasks_begin,
         tuned=alignment.CDA_TUNED,
     ),
     "selftrain": Method(

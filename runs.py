@@ -40,7 +40,7 @@ from rich.table import Table
 import clan
 import eval as evaluation
 import train
-from checkpoints import BEFORE, owned, pack, read_checkpoint, read_metadata, save, saved
+from checkpoints import BEFORE, commit, owned, pack, read_checkpoint, read_metadata, save, saved
 from devices import find_device, machine
 from methods import ADVERSARIAL, CLAN_ONLY, D_SHAPE, METHODS, state_of, unused_fields
 from settings import FREE, Flags, Settings, configure, flag_of, refuse_other_version
@@ -343,7 +343,7 @@ def adopt(donor: Path, flags: Flags) -> Path:
     start = donor / BEFORE
     if not METHODS[hyper.method].reads_target:
         return start
-    metadata = read_metadata(start) | {"settings": all_fields(flags)}
+    metadata = read_metadata(start) | {"settings": all_fields(flags), "commit": commit()}
     tensors = first_tensors(settings, hyper, len(metadata["classes"]))
     tensors = {k: v for k, v in tensors.items() if not k.startswith(OF_WARM_UP)}
     trained = read_checkpoint(start)[0]

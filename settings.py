@@ -142,11 +142,13 @@ OF_BACKBONE: dict[str, Flags] = {
 # and learn nothing at D's rate.
 OF_METHOD: dict[str, Flags] = {"cda": {"lr_d": 0.01}}
 # And on the small backbones. The D of a small network is narrow, and one that sees single pixels
-# learns at 1e-3 much as TAN's at 1e-4 (tests/test_baselines.py).
+# needs a larger rate than TAN's to tell the domains apart (tests/test_baselines.py). Where a loss
+# of FCNs in the wild or CDA counts fully, its gradient is ten times or more that of the source's.
 OF_SMALL: dict[str, Flags] = {
     "cycada": {"d_width": 64, "lr_d": 1e-3},
-    "fcns_wild": {"d_width": 128, "lr_d": 1e-3},
+    "fcns_wild": {"d_width": 128, "lr_d": 1e-3, "lambda_size": 0.01},
     "cross_city": {"lr_d": 1e-3},
+    "cda": {"lambda_landmark": 0.03, "lambda_layout": 0.01},
 }
 # The second level begins with a fifth of lambda_adv, as in its code.
 OF_BOTH: dict[tuple[str, str], Flags] = {
@@ -403,7 +405,8 @@ def add_run_flags(
     without: Collection[str] = (),
     flags: Flags | None = None,
 ) -> None:
-    """All flags that describe a run. Those that only one method has stand under its name.
+    """All flags that describe a run. Those that not all methods have stand under the names of
+    theirs, in the words of the chosen method if it has them.
 
     flags: those that are given. The help shows the defaults that follow from them; with
     selftrain_start those of the first part, but the steps of both and the stage's own numbers.
@@ -417,13 +420,20 @@ def add_run_flags(
         values["steps"] += of_stage.steps
     for cls in (Settings, clan.Hyper):
         add_flags(parser, cls, values, without=without)
-    known = {field.name for field in fields(clan.Hyper)}
-    for name, method in METHODS.items():
-        if own_fields(name):
-            defaults_of = {field.name: field.default for field in fields(method.numbers)} | values
-            skip = {*known, *without}
-            add_flags(parser, method.numbers, defaults_of, f"--method {name}", without=skip)
-            known |= own_fields(name)
+    known = {field.name for field in fields(clan.Hyper)} | {*without}
+    for name in dict.fromkeys((hyper.method, *METHODS)):
+        numbers = METHODS[name].numbers
+        titles = {field: title_of(field) for field in own_fields(name) - known}
+        for title in dict.fromkeys(titles.values()):
+            others = {f.name for f in fields(numbers) if titles.get(f.name) != title}
+            defaults_of = {f.name: f.default for f in fields(numbers)} | values
+            add_flags(parser, numbers, defaults_of, title, without=others)
+        known |= titles.keys()
+
+
+def title_of(name: str) -> str:
+    """In the help, of a number that not all methods have."""
+    return f"--method {', '.join(m for m in METHODS if name in own_fields(m))}"
 
 
 def shown_sizes(settings: Settings) -> Flags:

@@ -3,8 +3,8 @@
     python study.py sweep --jobs 2                  # TAN and CLAN, and what all methods share
     python study.py tune --methods all --jobs 2     # two numbers of each method
 
-No result is taken from these seeds or from dev. Every method has two numbers with four values each,
-and an edge is followed by two more where it allows them.
+No result is taken from these seeds or from dev. Every method has two numbers with four values each
+(MinEnt one with eight), and an edge is followed by two more where it allows them.
 """
 
 from dataclasses import dataclass, field, replace

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+import baselines
 import checkpoints
 import clan
 import models
@@ -24,7 +25,9 @@ import study
 import train
 from classes import LABEL_IDS
 from measure import write_png16
-from methods import METHODS
+from methods import METHODS, state_of
+from models import Generator
+from settings import configure
 from weights import load_weights
 
 HERE = Path(__file__).parents[1]
@@ -342,3 +345,22 @@ def torchrun(*flags: str, restarts: int = 0, **options) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*launch, *flags], env=environment, **pipes | options)
+
+
+def adaptation_of(name: str, **numbers: float):
+    """(G, D, batch, phase, hyper, state) of a method in adaptation, with tiny on 32x64."""
+    small = {} if "d_channels" in METHODS[name].unused else {"d_channels": 4}
+    small |= {"colours": 0.0} if name == "selftrain" else {}  # no draws
+    _, hyper = configure({"method": name} | small | numbers)
+    torch.manual_seed(0)
+    G, method = Generator("tiny", head_std=0.1), METHODS[name]
+    D = train.second_network(G, hyper)
+    state = state_of(method, G, hyper)
+    images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8, generator=seeded())
+    batch = clan.Batch(images, some_labels(2, 19, 32, 64), images.flip(3), (32, 64))
+    if method.before_step:
+        data = baselines.Images(lambda: [batch.target], lambda: [batch.labels])
+        state |= method.before_step(hyper.adv_start, G, data, hyper)
+    if "begun" in state:
+        state["begun"] = torch.ones(())
+    return G, D, batch, clan.phase_at(hyper.adv_start, hyper), hyper, state

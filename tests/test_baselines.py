@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     CELLS,
+    adaptation_of,
     assert_equal,
     before_step,
     last_tensors,
@@ -18,7 +19,6 @@ from helpers import (
     power_cut,
     run_error,
     seeded,
-    some_labels,
     steps_logged,
     studied,
     torchrun,
@@ -29,11 +29,11 @@ import alignment
 import baselines
 import clan
 import data
+import selftrain
 import train
 from checkpoints import newest_checkpoint
-from clan import Batch
 from losses import adversarial_loss
-from methods import METHODS, first_stage, state_of
+from methods import METHODS, first_stage
 from models import Generator
 from settings import configure
 from weights import load_generator
@@ -158,6 +158,27 @@ def test_alignment_sizes_are_of_the_images_that_contain_a_class():
         assert lower[c].item() == pytest.approx(np.quantile(shares, 0.1), rel=1e-6)
         assert upper[c].item() == pytest.approx(max(np.quantile(shares, 0.9), np.mean(shares)))
     assert lower[2] == mean[2] == upper[2] == 0
+
+
+@pytest.mark.parametrize("slack", (0.3, 2.0))
+@pytest.mark.parametrize("seed", range(2))
+def test_alignment_the_dual_with_a_largest_price_is_that_of_a_general_solver(seed, slack):
+    optimize = pytest.importorskip("scipy.optimize")
+    z = 2 * torch.randn(3, 30, dtype=torch.float64, generator=seeded(seed))
+    least = torch.tensor([0.9, 0.02, 0.0], dtype=torch.float64)
+    most = torch.tensor([0.95, 0.9, 0.1], dtype=torch.float64)
+
+    def dual(mu):
+        low, up = torch.from_numpy(mu[:3]), torch.from_numpy(mu[3:])
+        free = ((z + (low - up)[:, None]).logsumexp(dim=0) - z.logsumexp(dim=0)).mean()
+        return (free - (low * least).sum() + (up * most).sum()).item()
+
+    prices = [(0, slack)] * 3 + [(0, 50)] * 3
+    best = optimize.minimize(dual, np.zeros(6), bounds=prices, method="L-BFGS-B").x
+    assert best[0] == pytest.approx(slack), "the largest price should matter"
+    wanted = (z + torch.from_numpy(best[:3] - best[3:])[:, None]).softmax(dim=0)
+    found = alignment.within_sizes(z, least, most, torch.ones(3) > 0, slack=slack, steps=400)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -298,7 +319,7 @@ def test_alignment_the_gate_opens_when_the_mean_accuracy_is_above_it():
 
 
 def test_baselines_late_clan_is_clan_in_adaptation_and_source_only_before():
-    G, D, batch, phase, hyper, _ = ready("clan_late")
+    G, D, batch, phase, hyper, _ = adaptation_of("clan_late")
     for method, now in (("clan", phase), ("source", clan.phase_at(0, hyper))):
         loss, terms, predictions = baselines.late_clan_step(G, D, batch, now, hyper)
         wanted, of_method, _ = clan.g_step(G, D, batch, now, replace(hyper, method=method))
@@ -325,40 +346,20 @@ LEARNS = {  # by method: the parts of G's step, of its later steps, and whether 
 }
 
 
-def ready(name: str):
-    """(G, D, batch, phase, hyper, state) of a method in adaptation."""
-    small = {} if "d_channels" in METHODS[name].unused else {"d_channels": 4}
-    small |= {"colours": 0.0} if name == "selftrain" else {}  # no draws
-    _, hyper = configure({"method": name} | small)
-    torch.manual_seed(0)
-    G, method = Generator("tiny", head_std=0.1), METHODS[name]
-    D = train.second_network(G, hyper)
-    state = state_of(method, G, hyper)
-    images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8, generator=seeded())
-    batch = Batch(images, some_labels(2, 19, 32, 64), images.flip(3), (32, 64))
-    if method.before_step:
-        data = baselines.Images(lambda: [batch.target], lambda: [batch.labels])
-        state |= method.before_step(hyper.adv_start, G, data, hyper)
-    if "begun" in state:
-        state["begun"] = torch.ones(())
-    return G, D, batch, clan.phase_at(hyper.adv_start, hyper), hyper, state
-
-
 @pytest.mark.parametrize("heads", ["ensemble", "each"])
 def test_baselines_pseudo_labels_are_learnt_as_the_sources_labels_are(heads):
     """By the ensemble or by each head. Of the ensemble alone sure pixels have hardly a gradient."""
-    G, D, batch, phase, hyper, state = ready("st")
+    G, D, batch, phase, hyper, state = adaptation_of("st")
     hyper = replace(hyper, seg_heads=heads)
     state["thresholds"] = torch.full((19,), 1e-4)  # all pixels
     with torch.no_grad(), baselines.evaluating(G):
         labels = clan.upsample(sum(G(batch.target)), (32, 64)).argmax(dim=1)
-    loss, terms, _ = baselines.self_training_step(G, D, batch, phase, hyper, state)
+    _, terms, _ = baselines.self_training_step(G, D, batch, phase, hyper, state)
     logits = [clan.upsample(x, (32, 64)) for x in G(batch.target)]
     of_each = sum(torch.nn.functional.cross_entropy(x, labels) for x in logits)
     of_both = torch.nn.functional.cross_entropy(sum(logits), labels)
     assert terms["st"].item() == pytest.approx((of_each if heads == "each" else of_both).item())
     assert terms["kept"] == 1 and abs(of_each - of_both) > 0.1
-    assert loss.item() == pytest.approx((terms["seg"] + hyper.lambda_st * terms["st"]).item())
 
 
 def learning(G, D) -> set[str]:
@@ -375,7 +376,7 @@ def learning(G, D) -> set[str]:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_baselines_each_step_gives_gradients_to_its_own_parts_alone(name):
-    G, D, batch, phase, hyper, state = ready(name)
+    G, D, batch, phase, hyper, state = adaptation_of(name)
     method = METHODS[name]
     more = (state,) if method.first_state else ()
     loss, terms, predictions = method.g_step(G, D, batch, phase, hyper, *more)
@@ -398,7 +399,7 @@ def test_baselines_each_step_gives_gradients_to_its_own_parts_alone(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_baselines_the_warm_up_is_that_of_source_only(name, seg_heads):
     """Same loss and gradients; the target is not there and no part of the method's own learns."""
-    G, D, batch, _, hyper, state = ready(name)
+    G, D, batch, _, hyper, state = adaptation_of(name)
     hyper = replace(hyper, seg_heads=seg_heads)
     method, phase = METHODS[name], clan.phase_at(0, hyper)
     alone = batch._replace(target=None, target_size=None)
@@ -414,7 +415,7 @@ def test_baselines_the_warm_up_is_that_of_source_only(name, seg_heads):
 # Whole runs at 32x64.
 
 FLAGS = f"{SIZES} --steps 8 --adv-start 4 --save-every 1 --keep 99".split()
-OWN = {"cbst": ["--rounds", "2"], "st": ["--rounds", "2"]}
+OWN = {"cbst": ["--rounds", "2"], "st": ["--rounds", "2"], "cycada": ["--gate", "0"]}
 
 
 def flags_of(name: str, *more: str) -> list[str]:
@@ -441,7 +442,9 @@ def test_baselines_killed_and_resumed_it_ends_in_the_same_weights(
     train.main(["--resume", str(parts)])
     assert_equal(last_tensors(parts), last_tensors(whole))
     assert metrics(parts) == metrics(whole)
-    assert all(np.isfinite(v) for line in steps_logged(whole) for v in line.values())
+    lines = steps_logged(whole)
+    assert all(np.isfinite(v) for line in lines for v in line.values())
+    assert name != "cycada" or lines[-1]["moved"] > 0.5, "a G that stays where it is tests nothing"
 
 
 @pytest.mark.slow
@@ -518,6 +521,8 @@ def test_baselines_two_processes_take_the_step_of_one_with_twice_the_batch(name,
     flags += ["--portion", "1", "--portion-max", "1"] if name in ("st", "cbst") else []
     flags += ["--trust", "constant", "--colours", "0"] if name == "selftrain" else []
     flags += ["--lr-d", "0.00001"] if METHODS[name].has_d else []
+    for weight in LARGE.get(name, ()):
+        flags += [f"--{weight}", "0.3"]
     flags += ["--d-dropout", "0"] if "d_dropout" in vars(configure({"method": name})[1]) else []
     place = flags.index("--batch")
     del flags[place : place + 2]
@@ -534,6 +539,23 @@ def test_baselines_two_processes_take_the_step_of_one_with_twice_the_batch(name,
         same = torch.allclose(a[key].float(), b[key].float(), rtol=1e-3, atol=least)
         far += [] if same or key.startswith("opt_d.") else [key]
     assert not far
+    of_d = [key for key in a if key.startswith("opt_d.") and key.endswith(".exp_avg")]
+    assert bool(of_d) == METHODS[name].has_d
+    if of_d:  # the mean of D's gradients in all steps
+        one_d, two_d = (torch.cat([x[key].flatten() for key in of_d]) for x in (a, b))
+        assert (one_d - two_d).norm() < 0.01 * one_d.norm()
+
+
+LARGE = {  # weights of a method's own losses, so that they count in these few steps
+    "minent": ["lambda-ent"],
+    "advent": ["lambda-adv"],
+    "mcd": ["lambda-dis"],
+    "multi": ["lambda-adv", "lambda-adv-aux", "lambda-seg-aux"],
+    "cycada": ["lambda-adv"],
+    "fcns_wild": ["lambda-adv", "lambda-size"],
+    "cross_city": ["lambda-adv", "lambda-class"],
+    "cda": ["lambda-layout", "lambda-landmark"],
+}
 
 
 @pytest.mark.slow
@@ -557,7 +579,7 @@ def error_of_bfloat16(name: str, later: int | None = None) -> float:
 
     later: the number of a later step instead; of one that E does not learn in, the heads' gradient.
     """
-    G, D, batch, phase, hyper, state = ready(name)
+    G, D, batch, phase, hyper, state = adaptation_of(name)
     if D is not None:
         D.eval()  # no dropout
     found = []
@@ -572,8 +594,9 @@ def error_of_bfloat16(name: str, later: int | None = None) -> float:
         gradient = torch.autograd.grad(loss, heads if later == 0 else list(G.E.parameters()))
         found.append((terms, torch.cat([x.flatten() for x in gradient])))
     (terms, exact), (rounded, near) = found
-    for key in terms:
-        assert rounded[key].item() == pytest.approx(terms[key].item(), rel=0.02, abs=0.02), key
+    for key in terms:  # a share of pixels: those whose confidence lies at the threshold
+        room = 0.03 if key == "kept" else 0.02
+        assert rounded[key].item() == pytest.approx(terms[key].item(), rel=room, abs=1e-4), key
     return ((near - exact).norm() / exact.norm()).item()
 
 
@@ -587,41 +610,30 @@ def test_baselines_bfloat16_moves_the_gradients_of_mcds_later_steps_as_little(la
     assert error_of_bfloat16("mcd", later) < 1.5 * error_of_bfloat16("clan")
 
 
+OWN_LOSS = {  # by method: where it is called, and the term that it makes
+    "clan_late": (clan, "adversarial_loss", "adv"),
+    "minent": (baselines, "entropy_loss", "ent"),
+    "advent": (baselines, "adversarial_loss", "adv"),
+    "mcd": (baselines, "classifier_discrepancy", "dis_heads"),
+    "st": (baselines, "labelled_loss", "st"),
+    "cbst": (baselines, "labelled_loss", "st"),
+    "multi": (baselines, "adversarial_loss", "adv"),
+    "cycada": (alignment, "adversarial_loss", "adv"),
+    "fcns_wild": (alignment, "size_loss", "size"),
+    "cross_city": (alignment, "class_domain_loss", "class"),
+    "cda": (alignment, "label_distribution_loss", "layout"),
+    "selftrain": (selftrain, "target_loss", "st"),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_baselines_a_nan_of_its_own_is_named(name, few, tmp_path, monkeypatch):
-    term = {
-        "minent": "ent",
-        "mcd": "dis",
-        "st": "st",
-        "cbst": "st",
-        "cda": "layout",
-        "selftrain": "st",
-    }.get(name, "adv")
-    method = METHODS[name]
-
-    def spoilt(G, D, batch, phase, hyper, *state):
-        loss, terms, predictions = method.g_step(G, D, batch, phase, hyper, *state)
-        return (
-            loss,
-            terms | ({term: terms["seg"] * math.nan} if phase.adversarial else {}),
-            predictions,
-        )
-
-    monkeypatch.setitem(METHODS, name, replace(method, g_step=spoilt, later_steps=lambda hyper: ()))
-    assert f"{term} is not finite at step 5" in run_error(*flags_of(name, "--out", str(tmp_path)))
-
-
-def test_baselines_a_nan_of_mcds_later_steps_is_named(few, tmp_path, monkeypatch):
-    method = METHODS["mcd"]
-
-    def spoilt(G, batch, phase, hyper):
-        loss, terms = baselines.mcd_heads(G, batch, phase, hyper)
-        return loss, {"dis_heads": terms["dis_heads"] * math.nan}
-
-    monkeypatch.setitem(METHODS, "mcd", replace(method, later_steps=lambda hyper: (spoilt,)))
-    error = run_error(*flags_of("mcd", "--out", str(tmp_path)))
-    assert "dis_heads is not finite at step 5" in error
+def test_baselines_a_nan_in_its_own_loss_is_named(name, few, tmp_path, monkeypatch):
+    place, loss, term = OWN_LOSS[name]
+    right = getattr(place, loss)
+    monkeypatch.setattr(place, loss, lambda *args, **named: math.nan * right(*args, **named))
+    error = run_error(*flags_of(name, "--out", str(tmp_path)))
+    assert f"{term} is not finite at step 5" in error
 
 
 def test_baselines_numbers_of_one_method_are_refused_for_others():

@@ -90,6 +90,17 @@ def test_train_shift_reaches_the_city_alone_and_its_score(few, tmp_path):
     assert "--shift" in sentence
 
 
+def test_train_the_help_names_all_methods_that_have_a_number_in_the_words_of_the_chosen_one(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--method", "fcns_wild", "--help"])
+    shown = capsys.readouterr().out
+    assert "\n--method st, cbst:\n" in shown
+    _, _, of_d = shown.partition("\n--method cycada, fcns_wild, cross_city:\n")
+    of_d = " ".join(of_d.partition("\n--method")[0].split())
+    assert "--d-width N channels of D's two hidden layers (third party: 1024) [128]" in of_d
+    assert "--slack" not in of_d and "\n--method fcns_wild:\n" in shown
+
+
 def test_train_the_help_of_both_parts_shows_the_steps_of_both_and_the_stages_numbers(capsys):
     with pytest.raises(SystemExit):
         parse(["--selftrain-start", "1600", "--help"])

@@ -907,6 +907,7 @@ def test_study_a_trial_that_diverges_counts_as_0_and_is_recorded(monkeypatch, sc
         return train_on(settings, hyper, resume, console)
 
     monkeypatch.setattr(runs.train, "train", diverges)
+    monkeypatch.setattr(runs, "commit", lambda: "later than the warm-up")
     cells = [found.cell(10, method="tan", lambda_adv=rate) for rate in (0.1, 0.02)]
     with pytest.raises(FloatingPointError, match="1 of 2 runs diverged, first: step 4: adv is nan"):
         runs.run_cells(found, cells)
@@ -919,6 +920,7 @@ def test_study_a_trial_that_diverges_counts_as_0_and_is_recorded(monkeypatch, sc
             shutil.rmtree(tmp_path / found.task)
         diverged, other = runs.run_cells(trials, cells)
         assert diverged["miou"] == 0 and diverged["diverged"] == "step 4: adv is nan"
+        assert diverged["commit"] == "later than the warm-up"
         assert other["miou"] > 0 and "diverged" not in other
         assert {"seg", "adv", "grad"} <= start["terms"].keys() & other["terms"].keys()
     assert runs.run_cells(found, cells[1:]) == [other], "a recorded result"
