@@ -58,7 +58,7 @@ from second import decline, fourier, reliable, second, signs, trials
 from settings import Flags, add_run_flags, configure, flag_of, less_memory
 from tables import COMPARED, table_1_and_2
 from train import NOT_BEGUN
-from trust import SELF_TRAINING, calibration, disagreement, labels, ranking
+from trust import LABELLING, calibration, disagreement, labels, ranking
 from tuning import AXES, TUNING_SEEDS, sweep, tune
 
 # Photographs as the target.
@@ -156,7 +156,7 @@ COMMANDS = {
     "instrument": Command(instrument, {"images"}, TUNING_SEEDS, 32),
     "sweep": Command(sweep, {"numbers"}, TUNING_SEEDS),
     "tune": Command(tune, {"methods", "numbers"}, TUNING_SEEDS[:2]),
-    "labels": Command(labels, {"images"}, images=50, stage=SELF_TRAINING),
+    "labels": Command(labels, {"images"}, images=50, stage=LABELLING),
     "ranking": Command(ranking, set()),
     "calibration": Command(calibration, {"methods", "images"}, (0,)),
     "trials": Command(trials, {"images"}, TUNING_SEEDS[:2], 50, SECOND),

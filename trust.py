@@ -2,7 +2,7 @@
 
     python study.py disagreement    # M against errors, and what makes it informative
     python study.py calibration     # confidence against accuracy
-    python study.py labels          # of ST and CBST: how many are right
+    python study.py labels          # of ST, CBST and CDA: how many are right
     python study.py ranking         # of runs and checkpoints, against mIoU
 
 Labels are read here to judge these signs, never to train.
@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 import data
 import eval as evaluation
-from baselines import pseudo_labels
+from alignment import CdaHyper, class_sizes, easy_tasks, landmark_labels, last
+from baselines import labeller_of, pseudo_labels
 from checkpoints import BEFORE, newest_checkpoint, read_checkpoint
 from classes import IGNORE
 from control import GRADIENT, REGIMES, on_streets
@@ -227,7 +228,7 @@ def calibration(study: Study) -> None:
     write(study, f"calibration-{study.task}", header, rows, note, results)
 
 
-# How good are the labels that self-training learns from?
+# How good are the labels that the other systems learn from, and what they assume of class sizes?
 
 
 def labelled_target(flags: Flags) -> tuple[data.DataSet, np.ndarray]:
@@ -240,53 +241,137 @@ def labelled_target(flags: Flags) -> tuple[data.DataSet, np.ndarray]:
     return judged, data.shared_classes(source, judged)[0]
 
 
-def labels(study: Study) -> None:
-    """How many of the labels that ST and CBST learn from are right, in their last round.
+LABELLING = ("st", "cbst", "cda")
 
-    Labels of the target's images, as the method makes them: the labeller and the thresholds are in
-    the last checkpoint.
+
+def labels(study: Study) -> None:
+    """How many of the labels of ST, CBST and CDA are right, and how large the target's classes are.
+
+    Labels of the target's images, as the method makes them at the end of a run: what makes them is
+    in the last checkpoint. Then class sizes: those that CDA infers for each image, and whether the
+    bounds of FCNs in the wild hold.
     """
-    groups = {method: study.cells(method=method) for method in SELF_TRAINING}
+    groups = {method: study.cells(method=method) for method in LABELLING}
     results = run_groups(study, groups, checkpoints=True)
+    judged = {m: [judged_labels(study, flags) for flags in cells] for m, cells in groups.items()}
     rows = []
-    for method, cells in groups.items():
-        found = [judged_labels(study, flags) for flags in cells]
-        share, right = (mean_and_deviation(x[i] for x in found) for i in (0, 1))
-        never = np.mean([x[2] for x in found])
+    for method, found in judged.items():
+        shares = [
+            mean_and_deviation(run[key] for run in found)
+            for key in ("labelled", "right", "network")
+        ]
+        never = np.mean([run["never"] for run in found])
         score = mean_and_deviation(map(miou, results[method]))
-        rows.append([METHODS[method].label, share, right, f"{never:.1f}", score])
-    header = ["method", "labelled", "right", "classes without", "mIoU"]
+        rows.append([METHODS[method].label, *shares, f"{never:.1f}", score])
+    header = ["method", "labelled", "right", "network there", "classes without", "mIoU"]
     note = (
-        f"% of the pixels that get a label in the last round, on {study.images} images of the "
-        "target (streets: training images), % of these labels that are right, and how many classes "
-        "get none. Mean ± deviation over seeds."
+        f"% of the pixels that get a label at the end, on {study.images} images of the target "
+        "(streets: training images); % of these labels that are right, and of the network's own "
+        "answers there, as it was when it was frozen to label (CDA: when adaptation started); how "
+        "many classes get no label. Mean ± deviation over seeds."
     )
     write(study, f"labels-{study.task}", header, rows, note, results)
 
+    of_source, of_target = class_sizes_of_target(groups["cda"][0])
+    inferred = mean_and_deviation(run["apart"] for run in judged["cda"])
+    header = ["images of", "below the bound", "above", "the source's mean", "CDA"]
+    note = (
+        "In %, of all classes of all training images: how often a class covers less than the lower "
+        "bound of FCNs in the wild (its mean in the source's images that have it), or more than "
+        "the upper one. Then how many of an image's pixels would have to change their class until "
+        "it had the class shares of the source's mean, or those that CDA infers: half the sum of "
+        "differences, a mean over images."
+    )
+    rows = [["source", *of_source, ""], ["target", *of_target, inferred]]
+    write(study, f"sizes-{study.task}", header, rows, note, {"cda": results["cda"]})
 
-SELF_TRAINING = ("st", "cbst")
 
+def labeller(flags: Flags) -> tuple[Generator, Callable[[torch.Tensor, torch.Tensor], tuple]]:
+    """(frozen network, what labels) of a finished run.
 
-def judged_labels(study: Study, flags: Flags) -> tuple[float, float, int]:
-    """(share of the pixels with a label, accuracy of the labels, classes without) of one run."""
+    What labels takes an image 3 H' W' and the network's p, C H W. It returns labels, H W, and the
+    class shares that it infers, C, or None.
+    """
     path = newest_checkpoint(flags["out"])
-    G = load(path, device_of(study))
+    G = load(path, torch.device("cpu"))
     tensors, _ = read_checkpoint(path)
-    of_state = "state.labeller."
-    labeller = {k.removeprefix(of_state): v for k, v in tensors.items() if k.startswith(of_state)}
-    G.load_state_dict(labeller)
+    state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+    G.load_state_dict(labeller_of(state))
+    G.eval()
+    _, hyper = configure(flags)
+    if not isinstance(hyper, CdaHyper):
+        return G, lambda image, p: (pseudo_labels(p[None], state["thresholds"])[0], None)
+    easy = easy_tasks(G, hyper)
+    easy.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("D.")})
+
+    @torch.no_grad()
+    def of_easy_tasks(image: torch.Tensor, p: torch.Tensor) -> tuple:
+        whole, cells = easy(last(G.features(image[None])))
+        landmarks = landmark_labels(cells, hyper.landmarks, p.shape[-2:])[0]
+        return landmarks, whole.softmax(dim=1)[0]
+
+    return G, of_easy_tasks
+
+
+def judged_labels(study: Study, flags: Flags) -> dict[str, float]:
+    """Of one run, shares: pixels labelled, labels right, the network's answers there right; the
+    number of classes without a label; of CDA how far inferred class shares are from the true ones.
+    """
+    G, label_image = labeller(flags)
     target, to_source_ids = labelled_target(flags)
-    kept = right = pixels = 0
+    kept = right = of_network = pixels = 0
     counts = torch.zeros(G.num_classes)
+    apart = []
     for _, image, label in evaluation.spread_images(target, study.images):
         ids = torch.from_numpy(to_source_ids[label.numpy()])
         p, _ = ensemble_and_m(G, image, ids.shape)
-        found = pseudo_labels(p[None], tensors["state.thresholds"])[0].where(ids != IGNORE, IGNORE)
+        found, inferred = label_image(image, p)
+        labelled = (found != IGNORE) & (ids != IGNORE)
         pixels += int((ids != IGNORE).sum())
-        kept += int((found != IGNORE).sum())
-        right += int((found[found != IGNORE] == ids[found != IGNORE]).sum())
-        counts += torch.bincount(found[found != IGNORE], minlength=G.num_classes)
-    return kept / max(pixels, 1), right / max(kept, 1), int((counts == 0).sum())
+        kept += int(labelled.sum())
+        right += int((found == ids)[labelled].sum())
+        of_network += int((p.argmax(dim=0) == ids)[labelled].sum())
+        counts += torch.bincount(found[labelled], minlength=G.num_classes)
+        if inferred is not None:
+            apart.append(float((inferred - shares_of(ids, G.num_classes)).abs().sum()) / 2)
+    return {
+        "labelled": kept / max(pixels, 1),
+        "right": right / max(kept, 1),
+        "network": of_network / max(kept, 1),
+        "never": int((counts == 0).sum()),
+        "apart": float(np.mean(apart)) if apart else float("nan"),
+    }
+
+
+def shares_of(ids: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Each class's share of the labelled pixels, C."""
+    counts = torch.bincount(ids.flatten().long(), minlength=IGNORE + 1)[:num_classes].float()
+    return counts / counts.sum().clamp(min=1)
+
+
+def class_sizes_of_target(flags: Flags) -> tuple[list[str], list[str]]:
+    """What FCNs in the wild and CDA assume of class sizes, in the source's and target's images.
+
+    Of each, in %: how often a class of an image covers less than the lower bound, and more than the
+    upper one; how far the image's class shares are from the source's mean.
+    """
+    source, _, _ = open_all(configure(flags)[0])
+    target, to_source_ids = labelled_target(flags)
+    C = len(source.classes)
+    of_source = [torch.from_numpy(data.label_at(source, i)) for i in range(len(source))]
+    ids = (to_source_ids[data.label_at(target, i)] for i in range(len(target)))
+    of_target = [torch.from_numpy(x) for x in ids]
+    _, least, most = class_sizes((x[None] for x in of_source), C)
+    mean = torch.stack([shares_of(x, C) for x in of_source]).mean(dim=0)
+
+    def row(images: list[torch.Tensor]) -> list[str]:
+        shares = torch.stack([shares_of(x, C) for x in images])  # images C
+        present = shares > 0
+        below, above = (shares < least)[present], (shares > most)[present]
+        apart = (shares - mean).abs().sum(dim=1) / 2
+        return [f"{100 * x.float().mean():.1f}" for x in (below, above, apart)]
+
+    return row(of_source), row(of_target)
 
 
 # Which figure that needs no label ranks runs as mIoU does?

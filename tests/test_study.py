@@ -660,10 +660,15 @@ def test_study_as_many_labels_are_found_as_the_last_round_was_to_give(scenes, tm
     flags = ["--seeds", "0,1", "--rounds", "1", "--portion", "0.4", "--images", "1000"]
     studied("labels", tmp_path, *flags)
     rows = json.loads((tmp_path / f"labels-{TASK}.json").read_text())["rows"]
-    assert [row[0] for row in rows] == ["ST", "CBST"]
-    for _, share, right, never, _ in rows:
-        assert 40 <= float(share.split()[0]) < 55
+    assert [row[0] for row in rows] == ["ST", "CBST", "CDA"]
+    for name, share, right, network, never, _ in rows:
+        assert (58 <= float(share.split()[0]) < 64) if name == "CDA" else True, "60 % of the cells"
+        assert (40 <= float(share.split()[0]) < 55) if name != "CDA" else True
         assert 0 < float(right.split()[0]) <= 100 and 0 <= float(never) < 19
+        assert (right == network) == (name == "ST"), "ST trusts the network's own answer"
+    source, target = json.loads((tmp_path / f"sizes-{TASK}.json").read_text())["rows"]
+    assert 10 <= float(source[2]) < 25, "a tenth of many, more of a few"
+    assert 0 < float(source[3]) < float(target[3]) < 100
 
 
 # Figures that need no label.
