@@ -994,7 +994,7 @@ def test_study_tune_tries_two_numbers_of_each_method_and_follows_an_edge_once(
         if hyper.method == "mcd":
             far = abs(math.log(hyper.lambda_dis / 3.0)) + hyper.mcd_steps
         if hyper.method == "cbst":
-            far = abs(hyper.portion - 0.5) + abs(math.log(hyper.lambda_st / 0.3))
+            far = abs(hyper.portion - 0.7) + abs(math.log(hyper.lambda_st / 0.3))
         if hyper.method == "minent":
             far = abs(math.log(hyper.lambda_ent / 0.02))
         return 1 / (1 + far)
@@ -1004,14 +1004,14 @@ def test_study_tune_tries_two_numbers_of_each_method_and_follows_an_edge_once(
     assert chosen == {
         "TAN": "lambda_adv 0.00313, lr_d 0.0001",
         "MCD": "lambda_dis 3, mcd_steps 1",
-        "CBST": "lambda_st 0.3, portion 0.5",
+        "CBST": "lambda_st 0.3, portion 0.7",
         "MinEnt": "lambda_ent 0.0139",
     }
     trials = {m: [dict(key[1:]) for key in made if key[0] == m] for m in methods}
     rates = {0.0125, 0.025, 0.05, 0.1} | {0.00313, 0.00625}  # the best was an edge
     assert {t["lambda_adv"] for t in trials["tan"]} == rates
     assert len(trials["mcd"]) == 7, "no count below 1"
-    shares = {0.1, 0.2, 0.35, 0.5, 0.714}
+    shares = {0.2, 0.35, 0.5, 0.7, 0.98}
     assert {t["portion"] for t in trials["cbst"]} == shares, "none above 1"
     assert len(trials["minent"]) == 8 and len(trials["cbst"]) == 8
 
