@@ -156,7 +156,13 @@ OF_BOTH: dict[tuple[str, str], Flags] = {
     ("lite0", "multi"): {"lambda_adv_aux": 0.001},
 }
 # What `study.py tune` has chosen, by backbone and method.
-TUNED: dict[tuple[str, str], Flags] = {}
+TUNED: dict[tuple[str, str], Flags] = {
+    ("tiny", "advent"): {"lambda_adv": 0.002, "lr_d": 2.7e-3},
+    ("tiny", "st"): {"portion": 0.35, "lambda_st": 0.3},
+    ("tiny", "cbst"): {"portion": 0.7, "lambda_st": 0.3},
+    ("tiny", "fcns_wild"): {"lambda_size": 0.003, "lambda_adv": 0.05},
+    ("tiny", "cda"): {"lambda_landmark": 0.00027, "lambda_layout": 0.01},
+}
 OF_ADVERSARY = {"lambda_adv", "lambda_adv_aux", "lambda_class"}
 
 

@@ -443,6 +443,7 @@ def test_study_table_of_all_systems_has_gains_costs_and_the_papers_numbers(monke
         known = {name: name for name in ("source", "tan", "clan", "cbst")}
         return {k: [result(known.get(k, "source"), f) for f in v] for k, v in groups.items()}
 
+    monkeypatch.setattr(settings, "TUNED", {})
     monkeypatch.setattr(tables, "run_groups", run_groups)
     numbers = {m: tables.as_recorded(tables.numbers_of_step({}, m)) for m in ("cbst", "tan")}
     measured = {"step_ratio": 2.5, "peak_ratio": 1.25, "numbers": numbers["cbst"]}
@@ -1060,6 +1061,8 @@ def test_study_each_method_names_two_numbers_of_its_own_with_four_values_each():
         assert hasattr(used, first) and hasattr(used, second)
         assert not {first, second} & method.unused
         assert len(values) == 4 and len(others) in (0, 4) and list(values) == sorted(values)
+    for (_, name), chosen in settings.TUNED.items():
+        assert chosen.keys() == {number for number, _ in METHODS[name].tuned}
         assert (first == second) == (not others)
 
 
