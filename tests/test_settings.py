@@ -58,7 +58,7 @@ def test_train_a_flag_wins_over_every_default(backbone):
 @pytest.mark.parametrize("backbone", ("tiny", "lite0"))
 def test_train_small_networks_have_narrow_d_that_learn_faster(backbone):
     def of(method: str, name: str = backbone):
-        return configure({"backbone": name, "method": method})[1]
+        return configure({"backbone": name, "method": method}, tuned=False)[1]
 
     assert [of(m).d_width for m in ("cycada", "fcns_wild", "cross_city")] == [64, 128, 64]
     assert [of(m, "r101").d_width for m in ("cycada", "fcns_wild", "cross_city")] == [512, 1024, 64]
