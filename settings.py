@@ -157,6 +157,7 @@ OF_BOTH: dict[tuple[str, str], Flags] = {
 }
 # What `study.py tune` has chosen, by backbone and method.
 TUNED: dict[tuple[str, str], Flags] = {
+    ("tiny", "mcd"): {"lambda_dis": 10.0, "mcd_steps": 2},
     ("tiny", "advent"): {"lambda_adv": 0.002, "lr_d": 2.7e-3},
     ("tiny", "st"): {"portion": 0.35, "lambda_st": 0.3},
     ("tiny", "cbst"): {"portion": 0.7, "lambda_st": 0.3},

@@ -351,7 +351,7 @@ def adaptation_of(name: str, **numbers: float):
     """(G, D, batch, phase, hyper, state) of a method in adaptation, with tiny on 32x64."""
     small = {} if "d_channels" in METHODS[name].unused else {"d_channels": 4}
     small |= {"colours": 0.0} if name == "selftrain" else {}  # no draws
-    _, hyper = configure({"method": name} | small | numbers)
+    _, hyper = configure({"method": name} | small | numbers, tuned=False)
     torch.manual_seed(0)
     G, method = Generator("tiny", head_std=0.1), METHODS[name]
     D = train.second_network(G, hyper)

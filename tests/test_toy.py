@@ -80,7 +80,7 @@ def hyper_of(method: str, numbers: dict) -> clan.Hyper:
     flags = {"method": method, "steps": WARM_UP + ADAPTATION, "adv_start": WARM_UP, "batch": BATCH}
     if "d_channels" not in METHODS[method].unused:
         flags |= {"d_channels": 16, "d_strides": (2, 1, 1, 1, 1)}
-    return configure(flags | numbers)[1]
+    return configure(flags | numbers, tuned=False)[1]
 
 
 def advance(parts: tuple, hyper: clan.Hyper, steps: range, seed: int) -> None:
