@@ -798,6 +798,7 @@ def test_study_a_finished_run_is_not_passed_off_as_made_with_other_threads(scene
 
 
 def test_study_names_of_trials_last_when_their_choice_becomes_the_default(monkeypatch, tmp_path):
+    monkeypatch.setattr(settings, "TUNED", {})
     found = study.parse(["tune", "--runs", str(tmp_path)])["tune"]
     first = [found.cell(10, method="mcd", lambda_dis=x)["out"].name for x in (1.0, 3.0)]
     assert first == ["mcd-seed10", "mcd-lambda_dis3.0-seed10"]
